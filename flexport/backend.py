@@ -1,0 +1,163 @@
+"""The contract between flexport's core and a device: five verbs and one record.
+
+A backend owns a device's memory, its copies and its two expensive kernels. Everything else
+(norms, activations, residuals) is plain torch on the tensors that `allocate` returned, so the
+contract has no model words in it. The suite in `flexport.testing` is the meaning of this page.
+
+Dimension key: T tokens, D features in, F features out, N rows, H query heads, K key/value heads
+(H is a multiple of K), L new tokens a row, G columns of a page, E features of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = [
+    "API",
+    "AttentionSpec",
+    "Backend",
+    "BackendPlugin",
+    "Capabilities",
+    "PacksWeights",
+    "Ticket",
+]
+
+API = 1
+"""The version of this contract. A plug-in made for another one is listed, not used."""
+
+
+@runtime_checkable
+class Ticket(Protocol):
+    """A copy under way."""
+
+    def wait(self) -> None:
+        """Order all device work issued from now on after the copy. Raises what the copy raised.
+
+        Returns at once where the device has queues of its own; on a device that computes in the
+        calling thread it blocks.
+        """
+
+    def join(self) -> None:
+        """Block the calling thread until the copy is done. Raises what the copy raised."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What the core may know of a device. It asks for this record, never for a name."""
+
+    name: str
+    """For people, e.g. "cpu (AMD EPYC, 2 cores)"."""
+    memory_bytes: int
+    """Memory that a run may use when the user sets no cap: what is free now, less a margin."""
+    unified: bool
+    """Device and host memory are one pool; a copy between them would waste both."""
+    dtypes: tuple[str, ...]
+    """dtypes worth computing in, best first, from "float32", "bfloat16", "float16"."""
+    dtype_reason: str
+    """Why the first of `dtypes` comes first, in words a user understands."""
+    page_tokens: int
+    """Columns of a KV page that the attention kernel likes best."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """What `attention` may see. Rows are aligned at the right: all end in the same column.
+
+    Columns 0 .. length-1 of the cache are filled. Row n owns the columns starts[n] .. length-1
+    (its position is column - starts[n]); None means that every row starts at column 0. The L
+    queries of a row are its last L columns, and every query is a real token:
+    starts[n] <= length - L.
+    """
+
+    length: int
+    scale: float
+    starts: tuple[int, ...] | None = None
+    causal: bool = True
+    window: int | None = None
+    """A query sees the last `window` columns, its own included."""
+    soft_cap: float | None = None
+    """Scores become soft_cap * tanh(score / soft_cap)."""
+    slopes: tuple[float, ...] | None = None
+    """ALiBi, one a query head: score += slope * (key column - query column)."""
+    sinks: Tensor | None = None
+    """One a query head: an extra logit that takes part in the softmax and has no value."""
+
+
+class Backend(Protocol):
+    """Five verbs and a record. All may be called from any thread."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this device is; constant while it is open."""
+
+    def allocate(
+        self, shape: Sequence[int], dtype: torch.dtype, where: Literal["device", "host"] = "device"
+    ) -> Tensor:
+        """An uninitialised, contiguous tensor on the device, or in host memory fit for its copies.
+
+        It lives until its last reference goes. Raises OutOfMemory.
+        """
+
+    def copy_async(self, src: Tensor, dst: Tensor) -> Ticket:
+        """Start dst[:] = src between host and device memory, in either direction, or within one.
+
+        Same shape and dtype. The copy is ordered after all device work issued before the call,
+        and holds both tensors until it is done. Source and destination must not overlap.
+        """
+
+    def matmul(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias, shape (T, F) in x's dtype, accumulated in float32 or better.
+
+        `weight_FD` is a device tensor, or what this backend's `pack` made of one.
+        """
+
+    def attention(
+        self,
+        q_NHLE: Tensor,
+        keys_NKGE: Sequence[Tensor],
+        values_NKGE: Sequence[Tensor],
+        spec: AttentionSpec,
+    ) -> Tensor:
+        """Softmax attention over a cache that lies in pages; shape (N, H, L, E) in q's dtype.
+
+        Page p holds the columns from the sum of the earlier pages' G on; the pages together hold
+        at least spec.length columns, and columns past it are not read. Query head h uses
+        key/value head h // (H / K). Softmax in float32.
+        """
+
+    def sync(self) -> None:
+        """Block until everything issued so far is done. Raises a copy's error, if any failed."""
+
+    def close(self) -> None:
+        """Give the device back. Later calls of other verbs are errors."""
+
+
+@runtime_checkable
+class PacksWeights(Protocol):
+    """An optional power: a weight laid out once for this device's matrix kernel.
+
+    Worth it for weights that stay: packing costs about as much as one product.
+    """
+
+    def pack(self, weight_FD: Tensor) -> Tensor:
+        """An opaque tensor that `matmul` takes in place of `weight_FD`, of about the same size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendPlugin:
+    """What an entry point in the group `flexport.backends` names. Making one does nothing heavy."""
+
+    api: int
+    """The contract it was written for; compare with `flexport.backend.API`."""
+    rank: int
+    """`--backend auto` takes the usable plug-in of the highest rank. The CPU has 10."""
+    probe: Callable[[], str | None]
+    """None if usable here, else the reason why not. Must not import torch, and be quick."""
+    open: Callable[[], Backend]
+    """Opens the device. May import what it likes."""

@@ -1,0 +1,136 @@
+"""Where everything lives and how rows are grouped: the record that a run obeys.
+
+A policy has three splits (weights, KV cache, activations over device, host and disk: nine
+shares) and a block shape. It knows no model and no machine; the planner makes one, the store
+and the schedule obey it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from typing import Any
+
+from flexport.errors import PolicyError
+
+__all__ = ["Budgets", "Policy", "Split", "Tier"]
+
+
+class Tier(Enum):
+    """A place where tensors live, fastest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Shares of one kind of tensor on each tier; they add up to 1."""
+
+    device: float = 1.0
+    host: float = 0.0
+    disk: float = 0.0
+
+    def __post_init__(self) -> None:
+        shares = (self.device, self.host, self.disk)
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise PolicyError(f"shares must be >= 0 and add up to 1, got {shares}")
+
+    def share(self, tier: Tier) -> float:
+        """The share that lives on `tier`."""
+        return float(getattr(self, tier.value))
+
+    def shares(self) -> tuple[float, float, float]:
+        """Device, host and disk share, in that order."""
+        return (self.device, self.host, self.disk)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Hard caps in bytes. On a device with unified memory, device + host are one pool."""
+
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The nine shares and the block shape.
+
+    batch_size rows make a micro-batch, num_batches micro-batches are in flight at once and share
+    every sweep over the weights. prefill_tokens bounds the prompt tokens of one visit (a longer
+    micro-batch is prefilled in chunks), and sweep_tokens the prompt tokens that one sweep over
+    the layers may carry (0 = no bound): a small value mixes the prefill of new rows with
+    the decode of old ones, so that prompts are computed while weights are on their way.
+    """
+
+    weights: Split = Split()
+    cache: Split = Split()
+    activations: Split = Split()
+    batch_size: int = 16
+    num_batches: int = 1
+    prefill_tokens: int = 2048
+    sweep_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_batches", "prefill_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise PolicyError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not isinstance(self.sweep_tokens, int) or self.sweep_tokens < 0:
+            raise PolicyError(f"sweep_tokens must be >= 0 (0 = no bound), got {self.sweep_tokens!r}")
+
+    @property
+    def block_size(self) -> int:
+        """Rows that share one sweep over the weights."""
+        return self.batch_size * self.num_batches
+
+    @staticmethod
+    def splits_from_percent(percent: Sequence[float]) -> tuple[Split, Split, Split]:
+        """Weights, cache and activation splits of FlexGen's six numbers.
+
+        The numbers are per cent of weights on device and host, of KV on device and host, of
+        activations on device and host; what is left of each pair is on disk.
+        """
+        if len(percent) != 6:
+            raise PolicyError(f"percent takes six numbers (WD WH KD KH AD AH), got {len(percent)}")
+        splits = []
+        for kind, device, host in zip(
+            ("weights", "KV", "activations"), percent[::2], percent[1::2], strict=True
+        ):
+            if min(device, host) < 0 or device + host > 100:
+                raise PolicyError(
+                    f"percent for {kind}: device {device} and host {host} must be >= 0 and add up "
+                    "to at most 100; the rest is on disk"
+                )
+            disk = max(0.0, 100 - device - host)
+            splits.append(Split(device=device / 100, host=host / 100, disk=disk / 100))
+        return splits[0], splits[1], splits[2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `Policy.from_dict` takes it."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The policy as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Policy:
+        """The policy of a JSON object; raises PolicyError for unknown or ill-typed fields."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise PolicyError(f"unknown policy fields {unknown}; known: {sorted(known)}")
+        values = dict(data)
+        for name in ("weights", "cache", "activations"):
+            if name in values and not isinstance(values[name], Split):
+                try:
+                    values[name] = Split(**values[name])
+                except TypeError as error:
+                    raise PolicyError(f"policy field {name!r}: {error}") from error
+        return cls(**values)

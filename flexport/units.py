@@ -1,0 +1,58 @@
+"""Sizes and times as people write them: "14GiB", "1.5 GB", "2 min 05 s".
+
+Inside flexport a size is an int in bytes and a time a float in seconds; text like this exists
+only at the border with people.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["format_bytes", "format_rate", "format_seconds", "parse_bytes"]
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_FACTORS = {
+    "": 1, "b": 1,
+    "k": KIB, "kib": KIB, "kb": 10**3,
+    "m": MIB, "mib": MIB, "mb": 10**6,
+    "g": GIB, "gib": GIB, "gb": 10**9,
+    "t": 1 << 40, "tib": 1 << 40, "tb": 10**12,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as "14GiB", "1.5 GB", "800m" (binary) or "4096".
+
+    Raises ValueError for anything else.
+    """
+    match = _SIZE.fullmatch(text)
+    factor = _FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a size; write e.g. 14GiB, 1.5GB or 800MiB")
+    return int(float(match[1]) * factor)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A size for people, in binary units: "1.50 GiB"."""
+    for factor, unit in ((1 << 40, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(num_bytes) >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def format_rate(bytes_per_s: float) -> str:
+    """A bandwidth for people, in decimal units as links are sold: "1.5 GB/s"."""
+    return f"{bytes_per_s / 1e9:.2f} GB/s"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: "0.8 s", "2 min 05 s", "3 h 12 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if round(seconds) < 3600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
+    return f"{round(seconds) // 3600} h {round(seconds) % 3600 // 60:02d} min"
