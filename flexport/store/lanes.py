@@ -1,0 +1,157 @@
+"""Lanes: a few threads that move bytes in one direction, first come, first served.
+
+A lane knows how long it was busy and how much it moved. The first error of any lane is kept in
+a shared `Trouble`, so that a run hears of it at its next step, even if nobody waits for the copy
+that failed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+__all__ = ["DONE", "Job", "Lane", "Trouble"]
+
+
+class Trouble:
+    """The first error of a group of lanes."""
+
+    def __init__(self) -> None:
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+
+    def report(self, error: BaseException) -> None:
+        """Keep the error, if it is the first."""
+        with self._lock:
+            self._error = self._error or error
+
+    def check(self) -> None:
+        """Raise what has gone wrong by now, if anything."""
+        if self._error is not None:
+            raise self._error
+
+
+class Job:
+    """Tasks given to a lane together; a ticket that is done when all of them are."""
+
+    def __init__(self, num_tasks: int, then: Callable[[], None] | None = None) -> None:
+        """`then` is called once, by whoever ends the last task, if all went well."""
+        self._left = num_tasks
+        self._then = then
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        if num_tasks == 0:
+            self._done.set()
+
+    @property
+    def done(self) -> bool:
+        """Whether every task has ended, well or not."""
+        return self._done.is_set()
+
+    def join(self) -> None:
+        """Block until it is done; raises the first error of its tasks."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    wait = join
+
+    def finish_task(self, error: BaseException | None) -> None:
+        """One task has ended."""
+        with self._lock:
+            self._error = self._error or error
+            self._left -= 1
+            if self._left:
+                return
+        if self._then is not None and self._error is None:
+            try:
+                self._then()
+            except Exception as caught:  # noqa: BLE001 - it is raised again by join
+                self._error = caught
+        self._done.set()
+
+
+DONE = Job(0)
+"""A ticket for what needs no copy."""
+
+
+class Lane:
+    """One direction of one link."""
+
+    def __init__(self, name: str, num_threads: int, trouble: Trouble) -> None:
+        self.name = name
+        self.moved_bytes = 0
+        self._busy_s = 0.0
+        self._num_busy = 0
+        self._busy_since_s = 0.0
+        self._trouble = trouble
+        self._tasks: deque[tuple[Callable[[], int], Job]] = deque()
+        self._changed = threading.Condition()
+        self._open = True
+        self._threads = [
+            threading.Thread(target=self._work, name=f"flexport {name} {i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one of its threads was moving bytes."""
+        with self._changed:
+            running_s = time.perf_counter() - self._busy_since_s if self._num_busy else 0.0
+            return self._busy_s + running_s
+
+    def submit(
+        self, tasks: Sequence[Callable[[], int]], then: Callable[[], None] | None = None
+    ) -> Job:
+        """Queue tasks, each of which gives the number of bytes it moved.
+
+        `then` is called when the last one has ended, if none has failed.
+        """
+        job = Job(len(tasks), then)
+        with self._changed:
+            assert self._open, f"lane {self.name} is closed"
+            self._tasks.extend((task, job) for task in tasks)
+            self._changed.notify(len(tasks))
+        return job
+
+    def close(self) -> None:
+        """Drop what is queued, let running tasks end, and stop the threads."""
+        with self._changed:
+            self._open = False
+            dropped = list(self._tasks)
+            self._tasks.clear()
+            self._changed.notify_all()
+        for _, job in dropped:
+            job.finish_task(RuntimeError(f"lane {self.name} was closed"))
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while self._open and not self._tasks:
+                    self._changed.wait()
+                if not self._open:
+                    return
+                task, job = self._tasks.popleft()
+                if self._num_busy == 0:
+                    self._busy_since_s = time.perf_counter()
+                self._num_busy += 1
+            error: BaseException | None = None
+            moved_bytes = 0
+            try:
+                moved_bytes = task()
+            except BaseException as caught:  # noqa: BLE001 - it is raised again where it is waited for
+                error = caught
+                self._trouble.report(caught)
+            with self._changed:
+                self.moved_bytes += moved_bytes
+                self._num_busy -= 1
+                if self._num_busy == 0:
+                    self._busy_s += time.perf_counter() - self._busy_since_s
+            job.finish_task(error)
