@@ -1,0 +1,104 @@
+"""Which families there are: ours, and those that installed packages add as entry points.
+
+A third party's family is imported only when a model of its `model_type` is opened, so that a
+broken one can't hurt the others. Two packages that add the same family are both refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from flexport.errors import UnsupportedModel
+from flexport.models import opt
+from flexport.models.config import Config
+from flexport.models.spec import ModelSpec
+
+__all__ = ["GROUP", "Family", "families", "spec_of"]
+
+GROUP = "flexport.models"
+
+SpecOf = Callable[[Mapping[str, Any]], ModelSpec]
+"""Turns a Hugging Face config into a spec; raises UnsupportedModel, naming the field."""
+
+_OURS: dict[str, SpecOf] = {"opt": opt.spec}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A family as it is listed: its `model_type` and the package it comes from."""
+
+    model_type: str
+    source: str
+
+
+def families() -> list[Family]:
+    """All families, sorted; third parties' are not imported."""
+    ours = [Family(model_type=name, source="flexport") for name in _OURS]
+    theirs = [
+        Family(model_type=entry.name, source=_source(entry))
+        for entry in entry_points(group=GROUP)
+        if entry.name not in _OURS
+    ]
+    return sorted(ours + theirs, key=lambda family: (family.model_type, family.source))
+
+
+def spec_of(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
+) -> ModelSpec:
+    """The spec of a Hugging Face config, by its `model_type`.
+
+    The ends in generation_config.json, if it names any, win over the config's, as they do in
+    transformers. Raises UnsupportedModel for a family or a feature that flexport does not know.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedModel(
+            f"the model's config has no model_type (found {model_type!r}); known: {_known()}"
+        )
+    build = _OURS.get(model_type) or _theirs(model_type)
+    spec = build(config)
+    if not isinstance(spec, ModelSpec):
+        raise UnsupportedModel(
+            f"the family {model_type!r} gave a {type(spec).__name__} in place of a ModelSpec"
+        )
+    if generation_config is None:
+        return spec
+    ends = Config("generation", generation_config).token_ids("eos_token_id", None)
+    return replace(spec, eos_token_ids=ends) if ends else spec
+
+
+def _theirs(model_type: str) -> SpecOf:
+    entries = [entry for entry in entry_points(group=GROUP) if entry.name == model_type]
+    if not entries:
+        raise UnsupportedModel(
+            f"no model family {model_type!r}; known: {_known()}. A package can add one through "
+            f"the entry-point group {GROUP!r}"
+        )
+    if len(entries) > 1:
+        sources = ", ".join(sorted(_source(entry) for entry in entries))
+        raise UnsupportedModel(
+            f"the family {model_type!r} is added by several packages ({sources}); keep one"
+        )
+    try:
+        build = entries[0].load()
+    except Exception as error:  # a stranger's import may raise anything
+        raise UnsupportedModel(
+            f"the family {model_type!r} of {_source(entries[0])} can't be imported: {error!r}"
+        ) from error
+    if not callable(build):
+        raise UnsupportedModel(
+            f"the family {model_type!r} of {_source(entries[0])} is {build!r}, not a function"
+        )
+    spec_function: SpecOf = build
+    return spec_function
+
+
+def _source(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.value
+
+
+def _known() -> str:
+    return ", ".join(sorted({family.model_type for family in families()}))
