@@ -1,0 +1,187 @@
+"""The zig-zag order: for each sweep over the layers, for each layer, for each piece of work.
+
+A **batch** is a handful of rows that are decoded together; several are in flight at once and
+share every sweep over the weights. A **piece** is the part of one batch that one visit computes:
+in prefill the prompt columns of one band of its rows, in decode one new column of all its rows.
+So a sweep is a list of pieces, and prefill, chunked prefill and decode differ only in their
+numbers. Because each batch keeps its own place, a sweep may carry prompts of one batch and
+decode steps of others: prompts (bound by compute) then fill the time in which the weights
+for the decode steps (bound by links) are on their way.
+
+Rows are aligned at the right: a batch's prompts end in column P - 1, where P is its longest
+prompt, and step s of every row is column P + s - 1. A decode step therefore appends one column
+for all rows, one contiguous record on any tier.
+
+Source: the zig-zag block schedule is FlexGen's, arXiv:2303.06865, section 4.1, Algorithm 1.
+There all batches of a block step together; that is the special case sweep_tokens = 0 and
+equal lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+__all__ = ["BatchPlan", "Piece", "Rota", "Visit", "bands_of", "prefill_pieces", "zigzag"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What one visit computes of a batch: columns start .. stop-1 of a band of rows."""
+
+    batch: int
+    band: int | None
+    """Index of the band of rows that is prefilled; None is a decode step of all rows."""
+    start: int
+    stop: int
+    num_tokens: int
+    """Real tokens, at most; rows that ended early in decode need none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """One step of the zig-zag: a piece passes one layer."""
+
+    sweep: int
+    layer: int
+    piece: Piece
+    first: bool
+    """No earlier visit of this sweep needs the layer's weights."""
+    last: bool
+    """No later visit of this sweep needs the layer's weights."""
+
+
+def bands_of(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
+    """Cut rows with these prompt lengths into bands: row ranges of at most max_tokens tokens.
+
+    A row longer than max_tokens has a band of its own, and is prefilled in several chunks.
+    """
+    bands: list[tuple[int, int]] = []
+    begin, tokens = 0, 0
+    for row, length in enumerate(lengths):
+        if row > begin and tokens + length > max_tokens:
+            bands.append((begin, row))
+            begin, tokens = row, 0
+        tokens += length
+    bands.append((begin, len(lengths)))
+    return bands
+
+
+def prefill_pieces(batch: int, lengths: Sequence[int], max_tokens: int) -> list[Piece]:
+    """The pieces that prefill a batch, in the order in which they must run."""
+    columns = max(lengths)
+    pieces = []
+    for band, (begin, end) in enumerate(bands_of(lengths, max_tokens)):
+        first = columns - max(lengths[begin:end])
+        step = max_tokens if end - begin == 1 else columns
+        for start in range(first, columns, step):
+            stop = min(start + step, columns)
+            num_tokens = sum(
+                max(0, stop - max(start, columns - length)) for length in lengths[begin:end]
+            )
+            pieces.append(
+                Piece(batch=batch, band=band, start=start, stop=stop, num_tokens=num_tokens)
+            )
+    return pieces
+
+
+class BatchPlan:
+    """How far one batch has been planned. `ended` is set by whoever samples its tokens."""
+
+    def __init__(self, batch: int, lengths: Sequence[int], max_steps: int, max_tokens: int) -> None:
+        """A batch of rows with these prompt lengths that samples at most max_steps tokens a row."""
+        self.batch = batch
+        self.ended = False
+        self._num_rows = len(lengths)
+        self._prefill = deque(prefill_pieces(batch, lengths, max_tokens))
+        self._next_column = max(lengths)
+        # The first token is sampled from the prefill; each decode step samples one more.
+        self._num_columns = max(lengths) + max_steps - 1
+
+    def take(self, num_tokens: float) -> list[Piece]:
+        """The batch's pieces for the next sweep: what fits of its prefill, or a decode step.
+
+        num_tokens is what is left of the sweep's prompt tokens.
+        """
+        if self.ended:
+            return []
+        if self._prefill:
+            pieces = []
+            while self._prefill and self._prefill[0].num_tokens <= num_tokens:
+                num_tokens -= self._prefill[0].num_tokens
+                pieces.append(self._prefill.popleft())
+            return pieces
+        if self._next_column < self._num_columns:
+            return [self._decode_step()]
+        return []
+
+    def take_first(self) -> list[Piece]:
+        """The next piece alone, whatever its size."""
+        if self._prefill and not self.ended:
+            return [self._prefill.popleft()]
+        return []
+
+    def _decode_step(self) -> Piece:
+        start = self._next_column
+        self._next_column += 1
+        return Piece(
+            batch=self.batch, band=None, start=start, stop=start + 1, num_tokens=self._num_rows
+        )
+
+
+def zigzag(sweep: int, num_layers: int, pieces: Sequence[Piece]) -> Iterator[Visit]:
+    """All pieces pass a layer before any passes the next one."""
+    for layer in range(num_layers):
+        for index, piece in enumerate(pieces):
+            yield Visit(
+                sweep=sweep,
+                layer=layer,
+                piece=piece,
+                first=index == 0,
+                last=index == len(pieces) - 1,
+            )
+
+
+class Rota:
+    """Sweep after sweep, until no batch is left."""
+
+    def __init__(
+        self, num_layers: int, sweep_tokens: int, admit: Callable[[], Iterable[BatchPlan]]
+    ) -> None:
+        """`admit` is asked before each sweep for batches that can join now.
+
+        sweep_tokens bounds the prompt tokens of a sweep; 0 is no bound.
+        """
+        self._num_layers = num_layers
+        self._sweep_tokens = sweep_tokens
+        self._admit = admit
+        self._batches: list[BatchPlan] = []
+
+    def visits(self) -> Iterator[Visit | None]:
+        """The visits of the whole job. None means: not known before earlier visits are computed."""
+        sweep = 0
+        while True:
+            self._batches = [plan for plan in self._batches if not plan.ended]
+            self._batches.extend(self._admit())
+            pieces = self._next_pieces()
+            if pieces:
+                yield from zigzag(sweep, self._num_layers, pieces)
+                sweep += 1
+            elif self._batches:
+                yield None
+            else:
+                return
+
+    def _next_pieces(self) -> list[Piece]:
+        left = self._sweep_tokens or math.inf
+        pieces: list[Piece] = []
+        for plan in self._batches:
+            taken = plan.take(left)
+            pieces.extend(taken)
+            left -= sum(piece.num_tokens for piece in taken if piece.band is not None)
+        if pieces:
+            return pieces
+        # A piece that is larger than a sweep may carry has to go some time: alone.
+        return next(filter(None, (plan.take_first() for plan in self._batches)), [])
