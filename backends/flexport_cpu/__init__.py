@@ -1,0 +1,18 @@
+"""CPU backend for flexport: the reference the other backends are compared with."""
+
+from flexport.backend import Backend, BackendPlugin
+
+__all__ = ["PLUGIN"]
+
+
+def _probe() -> str | None:
+    return None  # there is always a CPU
+
+
+def _open() -> Backend:
+    from flexport_cpu.backend import CpuBackend
+
+    return CpuBackend()
+
+
+PLUGIN = BackendPlugin(api=1, rank=10, probe=_probe, open=_open)

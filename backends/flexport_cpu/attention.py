@@ -1,0 +1,270 @@
+"""Softmax attention over a cache in pages: matrix products, page by page, in tiles.
+
+For every tile of rows, heads and queries: scores of each page into one float32 buffer, mask,
+softmax in float32, then the weighted sums of each page's values added up in float32. Pages that
+no query of the tile can see are skipped. Compared with torch's fused kernel on two Zen 5 cores
+this reads a bfloat16 cache about four times faster when decoding, and is about twice as fast on
+prompts.
+
+Error: products accumulate in float32; scores and weights are then rounded to q's dtype once
+each, and so is a page's weighted sum, as in eager attention of that dtype. With u the unit
+roundoff of the dtype and s the largest |score| of a row, a weight is off by at most a factor
+exp(2 u s) (1 + u), and an output by 2 (u s + u) max|value|, plus the float32 sums.
+
+Dimension key: N rows, H query heads, K key/value heads, Q query heads of a key/value head
+(H = K * Q), L new tokens a row, I queries of a tile, G columns of a page, W filled columns of a
+page, M columns that a tile sees, E features of a head, B = rows of a tile * K, R = Q * I.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flexport.backend import AttentionSpec
+from flexport_cpu.scratch import scratch
+from flexport_cpu.weighted_sum import add_weighted_sum
+
+__all__ = ["attention"]
+
+TILE_BYTES = 2 << 20
+"""Scores of a tile: they pass through several kernels, so they should stay in the cache."""
+
+TILE_QUERIES = 64
+"""Queries of a tile: fewer waste the matrix units, more waste work above the causal diagonal."""
+
+GATHER_QUERIES = 16
+"""From so many queries a row on, its pages are copied side by side first: a product over many
+columns is about twice as fast as many products over a page, which pays for the copy."""
+
+
+def attention(
+    q_NHLE: Tensor, keys_NKGE: Sequence[Tensor], values_NKGE: Sequence[Tensor], spec: AttentionSpec
+) -> Tensor:
+    """Softmax attention as `flexport.backend.Backend.attention` describes it.
+
+    The result is stored token by token, so that `.transpose(1, 2).reshape(N, L, H * E)` is free.
+    """
+    num_rows, num_heads, num_queries, head_dim = q_NHLE.shape
+    _check(q_NHLE, keys_NKGE, values_NKGE, spec)
+    num_kv_heads = keys_NKGE[0].shape[1]
+    out_NHLE = q_NHLE.new_empty(num_rows, num_queries, num_heads, head_dim).transpose(1, 2)
+    split = (num_kv_heads, num_heads // num_kv_heads)
+    out_NKQLE = out_NHLE.unflatten(1, split)
+    q_NKQLE = q_NHLE.unflatten(1, split)
+    if num_queries < GATHER_QUERIES or len(keys_NKGE) == 1:
+        _attend(q_NKQLE, keys_NKGE, values_NKGE, spec, out_NKQLE)
+        return out_NHLE
+
+    for n in range(num_rows):
+        row = slice(n, n + 1)
+        start = spec.starts[n] if spec.starts else 0
+        keys_1KME = _gather("row keys", keys_NKGE, row, slice(start, spec.length))
+        values_1KME = _gather("row values", values_NKGE, row, slice(start, spec.length))
+        row_spec = replace(spec, length=spec.length - start, starts=None)
+        _attend(q_NKQLE[row], [keys_1KME], [values_1KME], row_spec, out_NKQLE[row])
+    return out_NHLE
+
+
+def _gather(purpose: str, pages_NKGE: Sequence[Tensor], row: slice, columns: slice) -> Tensor:
+    """One row's columns, side by side in a buffer of this thread."""
+    _, num_kv_heads, _, head_dim = pages_NKGE[0].shape
+    shape = (1, num_kv_heads, columns.stop - columns.start, head_dim)
+    gathered_1KME = scratch(purpose, shape, pages_NKGE[0].dtype)
+    for page, where, seen in _seen(pages_NKGE, columns):
+        gathered_1KME[:, :, where].copy_(page[row, :, seen])
+    return gathered_1KME
+
+
+def _attend(
+    q_NKQLE: Tensor,
+    keys_NKGE: Sequence[Tensor],
+    values_NKGE: Sequence[Tensor],
+    spec: AttentionSpec,
+    out_NKQLE: Tensor,
+) -> None:
+    """Fill `out_NKQLE`, tile by tile."""
+    num_rows, num_kv_heads, group, num_queries, _ = q_NKQLE.shape
+    for tile in _tiles(num_rows, num_kv_heads, group, num_queries, spec):
+        _attend_tile(tile, q_NKQLE, keys_NKGE, values_NKGE, spec, out_NKQLE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tile:
+    """Rows, key/value heads and queries computed together, and the columns they can see."""
+
+    rows: slice
+    heads: slice
+    queries: slice
+    columns: slice
+
+
+def _tiles(
+    num_rows: int, num_kv_heads: int, group: int, num_queries: int, spec: AttentionSpec
+) -> Iterator[_Tile]:
+    """Tiles that cover all rows, heads and queries.
+
+    Heads are divided only in tiles of a single row, so that a tile of a page is contiguous.
+    """
+    past = spec.length - num_queries
+    for first in range(0, num_queries, TILE_QUERIES):
+        end = min(num_queries, first + TILE_QUERIES)
+        last_column = past + end if spec.causal else spec.length
+        first_column = 0 if spec.window is None else max(0, past + first + 1 - spec.window)
+        head_bytes = group * (end - first) * (last_column - first_column) * 4
+        rows_at_once = max(1, TILE_BYTES // (head_bytes * num_kv_heads))
+        heads_at_once = num_kv_heads
+        if head_bytes * num_kv_heads > TILE_BYTES:
+            heads_at_once = max(1, TILE_BYTES // head_bytes)
+        for row in range(0, num_rows, rows_at_once):
+            rows = slice(row, min(num_rows, row + rows_at_once))
+            for head in range(0, num_kv_heads, heads_at_once):
+                yield _Tile(
+                    rows=rows,
+                    heads=slice(head, min(num_kv_heads, head + heads_at_once)),
+                    queries=slice(first, end),
+                    columns=slice(first_column, last_column),
+                )
+
+
+def _attend_tile(
+    tile: _Tile,
+    q_NKQLE: Tensor,
+    keys_NKGE: Sequence[Tensor],
+    values_NKGE: Sequence[Tensor],
+    spec: AttentionSpec,
+    out_NKQLE: Tensor,
+) -> None:
+    """Compute one tile of the result."""
+    part = (tile.rows, tile.heads, slice(None), tile.queries)
+    q_nkQIE = q_NKQLE[part]
+    folded = _is_power_of_two(spec.scale)
+    if folded:
+        q_nkQIE = q_nkQIE * spec.scale  # exact, and cheaper here than on the scores
+    n, k, group, num_queries, head_dim = q_nkQIE.shape
+    q_BRE = q_nkQIE.reshape(n * k, group * num_queries, head_dim)
+    dtype, num_columns = q_BRE.dtype, tile.columns.stop - tile.columns.start
+    num_logits = num_columns + (spec.sinks is not None)
+
+    scores_BRM = scratch("scores", (*q_BRE.shape[:2], num_logits), torch.float32)
+    for page, columns, seen in _seen(keys_NKGE, tile.columns):
+        keys_BGE, seen = _keys(page[tile.rows, tile.heads].flatten(0, 1), seen)
+        shape = (*q_BRE.shape[:2], keys_BGE.shape[1])
+        products_BRG = torch.bmm(
+            q_BRE, keys_BGE.transpose(1, 2), out=scratch("products", shape, dtype)
+        )
+        scores_BRM[:, :, columns].copy_(products_BRG[:, :, seen])
+
+    if not folded:
+        scores_BRM.mul_(spec.scale)
+    scores_nkQIM = scores_BRM.view(n, k, group, num_queries, num_logits)
+    _shape_scores(scores_nkQIM, tile, spec, out_NKQLE.shape)
+    weights_BRM = scratch("weights", scores_BRM.shape, torch.float32)
+    torch.softmax(scores_BRM, -1, out=weights_BRM)
+
+    sums_BRE = scratch("sums", q_BRE.shape, torch.float32).zero_()
+    for page, columns, seen in _seen(values_NKGE, tile.columns):
+        add_weighted_sum(
+            weights_BRM[:, :, columns], page[tile.rows, tile.heads].flatten(0, 1), seen, sums_BRE
+        )
+    out_NKQLE[part].copy_(sums_BRE.view(q_nkQIE.shape))
+
+
+def _seen(pages: Sequence[Tensor], columns: slice) -> Iterator[tuple[Tensor, slice, slice]]:
+    """Each page that holds some of `columns`: the page, where its seen columns go, which they are.
+
+    The first slice counts from columns.start, the second from the page's first column.
+    """
+    base = 0
+    for page in pages:
+        end = base + page.shape[2]
+        first, last = max(base, columns.start), min(end, columns.stop)
+        if first < last:
+            yield (
+                page,
+                slice(first - columns.start, last - columns.start),
+                slice(first - base, last - base),
+            )
+        base = end
+
+
+def _keys(keys_BGE: Tensor, seen: slice) -> tuple[Tensor, slice]:
+    """Contiguous keys that include the seen columns, and where those are in them.
+
+    The kernel is slow on a strided page, so a page that is mostly seen is multiplied whole (the
+    scores of the other columns are dropped, whatever they are), and of another one the seen
+    columns are copied.
+    """
+    if 2 * (seen.stop - seen.start) >= keys_BGE.shape[1]:
+        return keys_BGE, seen
+    return keys_BGE[:, seen].contiguous(), slice(0, seen.stop - seen.start)
+
+
+def _shape_scores(
+    scores_nkQIM: Tensor, tile: _Tile, spec: AttentionSpec, shape: Sequence[int]
+) -> None:
+    """Soft-cap, slopes, sinks and masks, in place; unseen columns become -inf."""
+    num_queries, num_columns = scores_nkQIM.shape[3], tile.columns.stop - tile.columns.start
+    _, num_kv_heads, group, total_queries, _ = shape
+    first_column, past = tile.columns.start, spec.length - total_queries
+    first_query = past + tile.queries.start
+    visible_nkQIM = scores_nkQIM[..., :num_columns]
+    if spec.soft_cap is not None:
+        visible_nkQIM.div_(spec.soft_cap).tanh_().mul_(spec.soft_cap)
+    if spec.slopes is not None:
+        slopes_KQ = torch.tensor(spec.slopes).view(num_kv_heads, group)
+        columns_M = torch.arange(first_column, tile.columns.stop, dtype=torch.float32)
+        queries_I1 = torch.arange(first_query, first_query + num_queries)[:, None]
+        visible_nkQIM.add_(slopes_KQ[tile.heads, :, None, None] * (columns_M - queries_I1))
+    if spec.causal and num_queries > 1:
+        # The tile ends at its last query's column, so only its last I columns can be too late.
+        late_II = torch.ones(num_queries, num_queries, dtype=torch.bool).triu_(1)
+        visible_nkQIM[..., num_columns - num_queries :].masked_fill_(late_II, -math.inf)
+    if spec.window is not None:
+        # Columns that the tile's first query sees, and its last doesn't any more.
+        old = first_query + num_queries - spec.window - first_column
+        if old > 0 and num_queries > 1:
+            columns_M = torch.arange(first_column, first_column + old)
+            queries_I1 = torch.arange(first_query, first_query + num_queries)[:, None]
+            old_IM = columns_M <= queries_I1 - spec.window
+            visible_nkQIM[..., :old].masked_fill_(old_IM, -math.inf)
+    if spec.starts is not None:
+        starts = spec.starts[tile.rows]
+        foreign = max(starts) - first_column
+        if foreign > 0:
+            starts_n1 = torch.tensor(starts)[:, None]
+            foreign_nM = torch.arange(first_column, first_column + foreign) < starts_n1
+            visible_nkQIM[..., :foreign].masked_fill_(foreign_nM[:, None, None, None], -math.inf)
+    if spec.sinks is not None:
+        sinks_KQ = spec.sinks.view(num_kv_heads, group)[tile.heads]
+        scores_nkQIM[..., num_columns].copy_(sinks_KQ[:, :, None])
+
+
+def _is_power_of_two(value: float) -> bool:
+    return value > 0 and math.frexp(value)[0] == 0.5
+
+
+def _check(
+    q_NHLE: Tensor, keys_NKGE: Sequence[Tensor], values_NKGE: Sequence[Tensor], spec: AttentionSpec
+) -> None:
+    """Refuse what would silently compute something else."""
+    num_rows, num_heads, num_queries, _ = q_NHLE.shape
+    held = sum(page.shape[2] for page in keys_NKGE)
+    num_kv_heads = keys_NKGE[0].shape[1] if keys_NKGE else 0
+    checks = (
+        (len(keys_NKGE) == len(values_NKGE) > 0, f"{len(keys_NKGE)} key pages for "
+         f"{len(values_NKGE)} value pages"),
+        (held >= spec.length, f"the pages hold {held} columns, spec.length is {spec.length}"),
+        (num_queries <= spec.length, f"{num_queries} queries a row, but only {spec.length} columns"),
+        (num_kv_heads > 0 and num_heads % num_kv_heads == 0, f"{num_heads} query heads can't share "
+         f"{num_kv_heads} key/value heads"),
+        (spec.starts is None or len(spec.starts) == num_rows, f"{num_rows} rows, but starts is "
+         f"{spec.starts}"),
+    )  # fmt: skip
+    for holds, found in checks:
+        if not holds:
+            raise ValueError(f"attention: {found}")

@@ -1,0 +1,130 @@
+"""The CPU as a backend: device memory is host memory, and work is done when a verb returns.
+
+Copies run at once in the calling thread: they and the kernels share the same cores and the same
+memory, so a thread of their own would make nothing faster. All verbs may be called from any
+thread.
+
+Dimension key: T tokens, D features in, F features out, N rows, H query heads, K key/value heads,
+L new tokens a row, G columns of a page, E features of a head.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexport.backend import AttentionSpec, Capabilities, Ticket
+from flexport_cpu import memory
+from flexport_cpu.attention import attention
+from flexport_cpu.linear import linear, pack
+from flexport_cpu.processor import choose_dtypes, processor_flags, processor_name
+
+__all__ = ["CpuBackend"]
+
+PAGE_TOKENS = 64
+
+
+class CpuBackend:
+    """The five verbs on the CPU, and packed weights."""
+
+    def __init__(self) -> None:
+        dtypes, reason = choose_dtypes(processor_flags())
+        self._capabilities = Capabilities(
+            name=f"cpu ({processor_name()}, {torch.get_num_threads()} threads)",
+            memory_bytes=memory.usable_bytes(),
+            unified=True,
+            dtypes=dtypes,
+            dtype_reason=reason,
+            page_tokens=PAGE_TOKENS,
+        )
+        self._lock = threading.Lock()
+        self._failed: list[Exception] = []
+        self._closed = False
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this processor is good at, and the memory that was free when it was opened."""
+        return self._capabilities
+
+    def allocate(
+        self, shape: Sequence[int], dtype: torch.dtype, where: Literal["device", "host"] = "device"
+    ) -> Tensor:
+        """An uninitialised, contiguous tensor; "device" and "host" are the same memory."""
+        self._must_be_open("allocate")
+        return memory.allocate(shape, dtype)
+
+    def copy_async(self, src: Tensor, dst: Tensor) -> Ticket:
+        """Copy at once; what went wrong, if anything, is in the ticket and in the next `sync`."""
+        self._must_be_open("copy_async")
+        try:
+            if src.shape != dst.shape or src.dtype != dst.dtype:
+                raise ValueError(
+                    f"a copy needs one shape and dtype: source has {tuple(src.shape)} "
+                    f"{src.dtype}, destination {tuple(dst.shape)} {dst.dtype}"
+                )
+            dst.copy_(src)
+        except Exception as error:
+            with self._lock:
+                self._failed.append(error)
+            return _Done(error)
+        return _OK
+
+    def matmul(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias; `weight_FD` is plain, or what `pack` made of one."""
+        self._must_be_open("matmul")
+        return linear(x_TD, weight_FD, bias_F)
+
+    def attention(
+        self,
+        q_NHLE: Tensor,
+        keys_NKGE: Sequence[Tensor],
+        values_NKGE: Sequence[Tensor],
+        spec: AttentionSpec,
+    ) -> Tensor:
+        """Softmax attention over paged keys and values; see `flexport_cpu.attention`."""
+        self._must_be_open("attention")
+        return attention(q_NHLE, keys_NKGE, values_NKGE, spec)
+
+    def sync(self) -> None:
+        """Work is done already; raises the first error of the copies since the last call."""
+        self._must_be_open("sync")
+        with self._lock:
+            failed, self._failed = self._failed, []
+        if failed:
+            raise failed[0]
+
+    def close(self) -> None:
+        """End the use of this object; may be called twice."""
+        self._closed = True
+
+    def pack(self, weight_FD: Tensor) -> Tensor:
+        """The weight in the layout of the matrix kernels, for weights that stay in memory."""
+        self._must_be_open("pack")
+        return pack(weight_FD)
+
+    def _must_be_open(self, verb: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"{verb} was called on a CPU backend that is closed")
+
+
+class _Done:
+    """The ticket of a copy that is over, well or badly."""
+
+    __slots__ = ("_error",)
+
+    def __init__(self, error: Exception | None) -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        """Raise what the copy raised."""
+        if self._error is not None:
+            raise self._error
+
+    join = wait
+
+
+_OK = _Done(None)

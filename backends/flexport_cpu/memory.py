@@ -1,0 +1,115 @@
+"""Memory of the host: how much a run may use, and tensors on huge pages.
+
+Free memory is what the operating system has left or what the innermost memory cgroup still
+allows, whichever is less.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from flexport.errors import OutOfMemory
+
+__all__ = ["allocate", "usable_bytes"]
+
+MARGIN_SHARE = 0.1
+"""Left free for what no budget counts: the allocator's slack, the file system, other programs."""
+
+HUGE_PAGE_BYTES = 2 << 20
+"""A huge page on x86-64 and most ARM kernels."""
+
+HUGE_FROM_BYTES = 2 * HUGE_PAGE_BYTES
+"""Smaller tensors go to torch's allocator, which reuses freed memory without page faults."""
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_bytes() -> int:
+    """Bytes that a run may use when the user sets no cap: what is free now, less a margin."""
+    free_bytes = min([psutil.virtual_memory().available, *_cgroup_free_bytes()])
+    return max(0, int(free_bytes * (1 - MARGIN_SHARE)))
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous tensor; a big one lies on huge pages where the system has them.
+
+    Reading bandwidth on huge pages is up to twice that on 4 KiB pages, and first touch faults
+    512 times less often. Raises OutOfMemory.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        # A tensor born in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            if num_bytes >= HUGE_FROM_BYTES and sys.platform == "linux":
+                return _huge(num_bytes).view(dtype).view(tuple(shape))
+            return torch.empty(tuple(shape), dtype=dtype)
+    except (RuntimeError, OSError, OverflowError) as error:
+        raise OutOfMemory(
+            f"asked for {num_bytes} bytes of host memory, about {usable_bytes()} are free: {error}"
+        ) from error
+
+
+def _huge(num_bytes: int) -> Tensor:
+    """Fresh bytes that start on a huge page; unmapped when the last view of them goes."""
+    # mmap aligns to small pages only, so one huge page more is mapped (never touched).
+    # Private, because shared anonymous memory gets huge pages only by another system setting.
+    mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel built without them: small pages are slower, not wrong
+    bytes_B = torch.frombuffer(mapped, dtype=torch.uint8)
+    skip = -bytes_B.data_ptr() % HUGE_PAGE_BYTES
+    return bytes_B[skip : skip + num_bytes]
+
+
+def _cgroup_free_bytes() -> Iterator[int]:
+    """What each limited memory cgroup above this process still allows; page cache counts as free.
+
+    A cgroup that does not show its files (as in a container without them) is passed over.
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used = _CGROUP, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, used = (
+                _CGROUP / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
+        else:
+            continue
+        group = root / path.strip("/")
+        for directory in (group, *group.parents):
+            if directory == root.parent:
+                break
+            free_bytes = _free_in(directory, limit, used)
+            if free_bytes is not None:
+                yield free_bytes
+
+
+def _free_in(directory: Path, limit: str, used: str) -> int | None:
+    """Limit less use of one cgroup, its page cache counted as free; None if it has no limit."""
+    try:
+        limit_bytes = int((directory / limit).read_text())
+        used_bytes = int((directory / used).read_text())
+        stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+        prefix = "total_" if "total_inactive_file" in stat else ""
+        cache_bytes = int(stat[f"{prefix}inactive_file"]) + int(stat[f"{prefix}active_file"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return max(0, limit_bytes - used_bytes + cache_bytes)
