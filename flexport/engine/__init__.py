@@ -1,0 +1,1 @@
+"""The joiner: the only place that knows more than one room."""

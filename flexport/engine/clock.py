@@ -1,0 +1,52 @@
+"""Where a job's time goes: prefill or decode, computing or waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Clock"]
+
+
+class Clock:
+    """Seconds of one job, as its visits pass."""
+
+    def __init__(self) -> None:
+        self.prefill_s = 0.0
+        self.decode_s = 0.0
+        self.compute_s = 0.0
+        self.wait_s = 0.0
+        self._lap_started_s = time.perf_counter()
+
+    def start(self) -> None:
+        """A job begins now; what went before is not counted."""
+        self._lap_started_s = time.perf_counter()
+
+    def lap(self, *, decode: bool) -> None:
+        """A visit has ended: all time since the last one was its."""
+        now_s = time.perf_counter()
+        elapsed_s = now_s - self._lap_started_s
+        self._lap_started_s = now_s
+        if decode:
+            self.decode_s += elapsed_s
+        else:
+            self.prefill_s += elapsed_s
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Count the body as computing."""
+        started_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.compute_s += time.perf_counter() - started_s
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the body as waiting for copies."""
+        started_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wait_s += time.perf_counter() - started_s

@@ -1,0 +1,351 @@
+"""The engine: one model on one backend under one policy, for one job after another.
+
+Opening reads configs and headers only. The policy is made when the first job is known, since
+what fits depends on how long its rows are; then the resident weights are loaded, and stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from flexport.engine.cache import BatchCache, CacheShape
+from flexport.engine.clock import Clock
+from flexport.engine.generation import Generation
+from flexport.engine.limits import default_budgets, dtype_for
+from flexport.engine.plan import Plan, model_sizes
+from flexport.engine.report import report
+from flexport.engine.rows import Batch, Row
+from flexport.engine.scoring import Score, Scoring
+from flexport.engine.source import open_source
+from flexport.engine.weights import ModelWeights, place_weights
+from flexport.engine.work import JobWork, Purpose
+from flexport.errors import DoesNotFit, OutOfMemory, UsageError
+from flexport.intake.pack import pack
+from flexport.planner.auto import Choice, check, choose
+from flexport.planner.footprint import JobSizes, footprint
+from flexport.policy import Budgets, Policy
+from flexport.records import Completion, Request
+from flexport.registry import open_backend
+from flexport.schedule.executor import execute
+from flexport.schedule.order import BatchPlan, Rota, bands_of
+from flexport.store.place import Dealer
+from flexport.store.store import Store
+from flexport.tokenizer import Tokenizer, open_tokenizer
+from flexport.torch_ops import torch_dtype
+
+__all__ = ["Engine"]
+
+PEEK_ROWS = 512
+"""Rows that are looked at before the policy is made; a longer job is taken to be like them."""
+
+SPILL_PAGE_TOKENS = 16
+"""Columns of a page when some rows' cache is on disk: their newest page waits in memory."""
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs jobs. A context manager: closing it removes every file it made."""
+
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        revision: str | None = None,
+        load_format: Literal["auto", "dummy"] = "auto",
+        backend: str = "auto",
+        dtype: str = "auto",
+        policy: Policy | None = None,
+        choice: Choice | None = None,
+        budgets: tuple[int | None, int | None, int | None] = (None, None, None),
+        offload_dir: Path | None = None,
+        seed: int = 0,
+        on_plan: Callable[[Plan], None] | None = None,
+    ) -> None:
+        """`policy` is obeyed as it is; without it one is made that keeps to `choice`.
+
+        `budgets` are caps in bytes for device, host and disk; None takes what is free.
+        `on_plan` is called with each plan before anything of it is done.
+        """
+        self._source = open_source(model, revision, load_format)
+        self.backend_name, self.backend = open_backend(backend)
+        self.spec = self._source.spec
+        self.dtype, self._dtype_reason = dtype_for(
+            dtype, self.backend.capabilities, self._source.file_dtype
+        )
+        self._offload_dir = offload_dir or Path(tempfile.gettempdir())
+        self.budgets = default_budgets(self.backend.capabilities, budgets, self._offload_dir)
+        self._policy = policy
+        self._choice = choice or Choice()
+        self._seed = seed
+        self._on_plan = on_plan
+        self._store: Store | None = None
+        self._weights: ModelWeights | None = None
+        self._work_bytes = 0
+        self._load_s = 0.0
+        self.plan: Plan | None = None
+        self.report: dict[str, Any] = {}
+        self.tokenizer: Tokenizer | None = (
+            open_tokenizer(self._source.directory) if self._source.directory else None
+        )
+
+    @property
+    def model_name(self) -> str:
+        """The model as it was asked for."""
+        return self._source.name
+
+    # ---- jobs
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions in the order in which rows end; requests are taken as there is room.
+
+        Raises DoesNotFit before anything is computed if the budgets are too small.
+        """
+        source = iter(requests)
+        head = list(islice(source, PEEK_ROWS))
+        if not head:
+            return
+        known = len(head) if len(head) < PEEK_ROWS else None
+        job = JobSizes(
+            prompt_tokens=max(len(request.token_ids) for request in head),
+            new_tokens=max(request.sampling.max_tokens for request in head),
+            num_rows=known,
+        )
+        plan = self._prepare(job)
+        generation = Generation(self.tokenizer, self.spec.eos_token_ids, self._seed)
+        window = max(PEEK_ROWS, 4 * plan.policy.block_size)
+        packed = pack(chain(head, source), plan.policy.batch_size, window)
+        batches = ([generation.row(request) for request in requests] for requests in packed)
+        for _ in self._run(batches, generation, lambda: generation.num_tokens):
+            while generation.completions:
+                yield generation.completions.popleft()
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+        """How likely each continuation is after its context, both given as token ids."""
+        if not pairs:
+            return []
+        scoring = Scoring()
+        rows = [scoring.row(index, *pair) for index, pair in enumerate(pairs)]
+        longest = max(len(row.prompt_ids) for row in rows)
+        plan = self._prepare(JobSizes(prompt_tokens=longest, new_tokens=1, num_rows=len(rows)))
+        rows.sort(key=lambda row: -len(row.prompt_ids))
+        size = plan.policy.batch_size
+        batches = (rows[begin : begin + size] for begin in range(0, len(rows), size))
+        for _ in self._run(batches, scoring, lambda: 0):
+            pass
+        return [score for _, score in sorted(scoring.scores, key=lambda scored: scored[0])]
+
+    def close(self) -> None:
+        """Give everything back. A second call does nothing."""
+        if self._store is not None:
+            self._store.close()
+            self._store = self._weights = None
+        self.backend.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---- one job
+
+    def _run(
+        self, batches: Iterable[Sequence[Row]], purpose: Purpose, num_generated: Callable[[], int]
+    ) -> Iterator[None]:
+        """Run rows given as micro-batches; yields after each visit."""
+        assert self.plan is not None and self._store is not None and self._weights is not None
+        clock = Clock()
+        work = JobWork(
+            self._weights,
+            self._store,
+            self.plan.policy.activations,
+            purpose,
+            clock,
+            self.plan.needs.headroom_bytes,
+        )
+        admission = _Admission(self.plan, self.spec_shape(), self._store, work, batches)
+        rota = Rota(
+            self.spec.num_schedule_layers, self.plan.policy.sweep_tokens, admission.admit
+        )
+        started_s = time.perf_counter()
+        clock.start()
+        for _ in execute(rota.visits(), work):
+            yield
+        self._store.drain()
+        self.report = report(
+            plan=self.plan,
+            store=self._store,
+            clock=clock,
+            load_s=self._load_s,
+            total_s=time.perf_counter() - started_s,
+            prompt_tokens=admission.prompt_tokens,
+            generated_tokens=num_generated(),
+        )
+
+    def spec_shape(self) -> CacheShape:
+        """The shape of the model's cache under the plan in force."""
+        assert self.plan is not None
+        return CacheShape.of(self.spec, self.plan.page_tokens, torch_dtype(self.dtype))
+
+    # ---- plans
+
+    def _prepare(self, job: JobSizes) -> Plan:
+        """A plan for the job; loads the weights if this is the first one."""
+        if job.columns > self.spec.max_positions:
+            raise UsageError(
+                f"a row of {job.prompt_tokens} prompt tokens and {job.new_tokens} new ones is "
+                f"longer than the {self.spec.max_positions} positions of {self.model_name}"
+            )
+        plan = self._make_plan(job)
+        if self._on_plan is not None and plan != self.plan:
+            self._on_plan(plan)
+        self.plan = plan
+        if self._weights is None:
+            started_s = time.perf_counter()
+            self._load(plan)
+            self._load_s = time.perf_counter() - started_s
+        self._set_aside(plan.needs.work_bytes)
+        return plan
+
+    def _make_plan(self, job: JobSizes) -> Plan:
+        item_bytes = torch_dtype(self.dtype).itemsize
+        file_item_bytes = torch_dtype(self._source.file_dtype or self.dtype).itemsize
+        sizes = model_sizes(self.spec, file_item_bytes, item_bytes)
+        capabilities = self.backend.capabilities
+        page_tokens = capabilities.page_tokens
+        choice = self._choice
+        if self.plan is not None:  # what is loaded stays where it is
+            choice = replace(choice, weights=self.plan.policy.weights)
+        policy = self._policy or choose(
+            sizes,
+            job,
+            self.budgets,
+            page_tokens=page_tokens,
+            unified=capabilities.unified,
+            fixed=choice,
+        )
+        if policy.cache.disk:
+            page_tokens = min(page_tokens, SPILL_PAGE_TOKENS)
+        needs = footprint(sizes, job, policy, page_tokens, capabilities.unified)
+        check(needs, policy, self.budgets)
+        return Plan(
+            model=self.model_name,
+            backend=self.backend_name,
+            dtype=self.dtype,
+            dtype_reason=self._dtype_reason,
+            policy=policy,
+            job=job,
+            needs=needs,
+            budgets=self.budgets,
+            page_tokens=page_tokens,
+            stream_bytes=round(policy.weights.disk * sizes.stream_bytes),
+        )
+
+    def _load(self, plan: Plan) -> None:
+        store = Store(self.backend, self.budgets, self._offload_dir)
+        try:
+            files = self._source.files
+            if files is None:
+                files = self._source.make_up(store.open_run_directory(), self.dtype, self._seed)
+            layers = place_weights(self.spec, files, plan.policy.weights)
+            weights = ModelWeights(self.spec, layers, store, torch_dtype(self.dtype))
+            weights.load()
+        except BaseException:
+            store.close()
+            raise
+        self._store, self._weights = store, weights
+
+    def _set_aside(self, work_bytes: int) -> None:
+        """Count what computing takes as used."""
+        assert self._store is not None
+        self._store.device.unreserve(self._work_bytes)
+        self._store.device.reserve(work_bytes)
+        self._work_bytes = work_bytes
+
+
+class _Admission:
+    """Lets batches in as slots and memory come free."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        shape: CacheShape,
+        store: Store,
+        work: JobWork,
+        batches: Iterable[Sequence[Row]],
+    ) -> None:
+        self.prompt_tokens = 0
+        self._policy = plan.policy
+        self._budgets: Budgets = plan.budgets
+        self._shape = shape
+        self._store = store
+        self._work = work
+        self._source = iter(batches)
+        self._waiting: deque[Sequence[Row]] = deque()
+        self._dealer = Dealer(plan.policy.cache)
+        self._num_batches = 0
+
+    def admit(self) -> Iterator[BatchPlan]:
+        """The plans of batches that can start now."""
+        while len(self._work.batches) < self._policy.num_batches:
+            if not self._waiting:
+                self._waiting.extend(islice(self._source, 1))
+            if not self._waiting:
+                return
+            rows = self._waiting.popleft()
+            try:
+                batch = self._batch(rows)
+            except OutOfMemory as error:
+                if self._work.batches:
+                    self._waiting.appendleft(rows)
+                    return
+                if len(rows) == 1:
+                    raise DoesNotFit(
+                        f"a row of {len(rows[0].prompt_ids)} prompt tokens and up to "
+                        f"{rows[0].max_steps} new ones does not fit: {error}"
+                    ) from error
+                middle = len(rows) // 2
+                self._waiting.extendleft((rows[middle:], rows[:middle]))
+                continue
+            self._work.batches[batch.index] = batch
+            self._num_batches += 1
+            self.prompt_tokens += sum(len(row.prompt_ids) for row in rows)
+            yield batch.plan
+
+    def _batch(self, rows: Sequence[Row]) -> Batch:
+        lengths = [len(row.prompt_ids) for row in rows]
+        max_steps = max(row.max_steps for row in rows)
+        bands = bands_of(lengths, self._policy.prefill_tokens)
+        columns = max(lengths) + max_steps - 1
+        chunked = max(lengths) > self._policy.prefill_tokens
+        cache = BatchCache(
+            self._shape,
+            self._store,
+            lengths,
+            bands,
+            self._dealer,
+            columns if max_steps > 1 or chunked else 0,
+        )
+        return Batch(
+            index=self._num_batches,
+            rows=rows,
+            bands=bands,
+            plan=BatchPlan(self._num_batches, lengths, max_steps, self._policy.prefill_tokens),
+            cache=cache,
+            num_columns=max(lengths),
+        )

@@ -1,0 +1,258 @@
+"""`flexport.LLM`: the engine as Python users know it from vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from flexport.engine.engine import Engine
+from flexport.engine.plan import Plan
+from flexport.engine.scoring import Score
+from flexport.errors import PolicyError, RowError, UsageError
+from flexport.planner.auto import Choice
+from flexport.policy import Policy
+from flexport.records import CompletionOutput, Request, RequestOutput, SamplingParams
+from flexport.tokenizer import Tokenizer
+from flexport.units import parse_bytes
+
+__all__ = ["LLM"]
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model that runs as it fits; a context manager.
+
+    The options are those of `flexport run`. Nothing is loaded before the first job, whose rows'
+    lengths decide what fits.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        load_format: Literal["auto", "dummy"] = "auto",
+        backend: str = "auto",
+        dtype: str = "auto",
+        policy: Literal["auto"] | Policy | str | Path = "auto",
+        percent: Sequence[float] | None = None,
+        batch_size: int | None = None,
+        num_batches: int | None = None,
+        prefill_tokens: int | None = None,
+        sweep_tokens: int | None = None,
+        device_memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        disk_memory: int | str | None = None,
+        offload_dir: str | Path | None = None,
+        seed: int = 0,
+        on_plan: Callable[[Plan], None] | None = None,
+    ) -> None:
+        """Sizes are bytes or text such as "14GiB"; without `model` it is the embedded demo.
+
+        `on_plan` is called with each plan before anything of it is done. Raises UsageError, or
+        one of the errors below it, for what can't work.
+        """
+        weights, cache, activations = (
+            (None, None, None) if percent is None else Policy.splits_from_percent(percent)
+        )
+        choice = Choice(
+            weights=weights,
+            cache=cache,
+            activations=activations,
+            batch_size=batch_size,
+            num_batches=num_batches,
+            prefill_tokens=prefill_tokens,
+            sweep_tokens=sweep_tokens,
+        )
+        if policy != "auto" and choice != Choice():
+            raise PolicyError(
+                "a policy and options that change it were both given; change the policy instead"
+            )
+        obeyed = policy if isinstance(policy, Policy) else None
+        if obeyed is None and policy != "auto":
+            assert not isinstance(policy, Policy)
+            obeyed = Policy.from_file(policy)
+        self.engine = Engine(
+            model=None if model is None else str(model),
+            revision=revision,
+            load_format=load_format,
+            backend=backend,
+            dtype=dtype,
+            policy=obeyed,
+            choice=choice,
+            budgets=(_bytes(device_memory), _bytes(host_memory), _bytes(disk_memory)),
+            offload_dir=None if offload_dir is None else Path(offload_dir),
+            seed=seed,
+            on_plan=on_plan,
+        )
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force; None before the first job."""
+        return self.engine.plan
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The last job's report; empty before the first one has ended."""
+        return self.engine.report
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if it came with one."""
+        return self.engine.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """The model as it was asked for."""
+        return self.engine.model_name
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens that a row may have, prompt and continuation together."""
+        return self.engine.spec.max_positions
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self.engine.spec.vocab_size
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """One output for each prompt (text or token ids), in the prompts' order."""
+        listed = _as_list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(listed)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(listed):
+            raise UsageError(f"{len(listed)} prompts were given, and {len(params)} sampling_params")
+        return self._generate(
+            [
+                self._request(index, prompt, sampling)
+                for index, (prompt, sampling) in enumerate(zip(listed, params, strict=True))
+            ]
+        )
+
+    def chat(
+        self,
+        conversations: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """One answer for each conversation, through the model's chat template."""
+        many = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+        tokenizer = self._need_tokenizer()
+        prompts = [tokenizer.apply_chat_template(messages) for messages in many]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params)
+
+    def score(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Score]:
+        """The log-likelihood of each continuation after its context.
+
+        An empty context is the model's beginning-of-text token. A `Score` is a float that also
+        has `is_greedy` and `token_log_probs`.
+        """
+        return self.engine.score([self._pair(context, target) for context, target in pairs])
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _generate(self, requests: Sequence[Request]) -> list[RequestOutput]:
+        outputs: dict[str, RequestOutput] = {}
+        for completion in self.engine.generate(requests):
+            request = completion.request
+            outputs[request.request_id] = RequestOutput(
+                request_id=request.request_id,
+                prompt=request.prompt,
+                prompt_token_ids=list(request.token_ids),
+                outputs=[
+                    CompletionOutput(
+                        index=0,
+                        text=completion.text,
+                        token_ids=list(completion.token_ids),
+                        finish_reason=completion.finish_reason,
+                    )
+                ],
+            )
+        return [outputs[request.request_id] for request in requests]
+
+    def _request(self, index: int, prompt: Prompt, sampling: SamplingParams) -> Request:
+        ids = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise RowError("empty_prompt", f"prompt {index} has no tokens; there is nothing to continue")
+        if len(ids) + sampling.max_tokens > self.max_positions + 1:
+            raise RowError(
+                "context_length_exceeded",
+                f"prompt {index} has {len(ids)} tokens and asks for {sampling.max_tokens} more; "
+                f"{self.model_name} has {self.max_positions} positions",
+            )
+        outside = [token for token in ids if not 0 <= token < self.vocab_size]
+        if outside:
+            raise RowError(
+                "invalid_token", f"prompt {index} has token {outside[0]}, of {self.vocab_size}"
+            )
+        if sampling.stop:
+            self._need_tokenizer()
+        return Request(
+            request_id=str(index),
+            token_ids=tuple(ids),
+            sampling=sampling,
+            prompt=prompt if isinstance(prompt, str) else None,
+        )
+
+    def _pair(self, context: Prompt, target: Prompt) -> tuple[list[int], list[int]]:
+        if isinstance(context, str):
+            context_ids = self._need_tokenizer().encode(context)
+        else:
+            context_ids = list(context)
+        if isinstance(target, str):
+            target_ids = self._need_tokenizer().encode_continuation(target)
+        else:
+            target_ids = list(target)
+        if not context_ids and self.engine.spec.bos_token_id is not None:
+            context_ids = [self.engine.spec.bos_token_id]
+        if not context_ids or not target_ids:
+            raise UsageError("score takes pairs of a context and a continuation, neither empty")
+        return context_ids, target_ids
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UsageError(
+                f"{self.model_name} came without a tokenizer; give prompts as token ids, and no "
+                "stop strings"
+            )
+        return self.tokenizer
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(item, int) for item in listed):
+        return [listed]  # type: ignore[list-item]
+    return listed  # type: ignore[arg-type]
+
+
+def _bytes(size: int | str | None) -> int | None:
+    if isinstance(size, str):
+        try:
+            return parse_bytes(size)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    return size

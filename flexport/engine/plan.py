@@ -1,0 +1,143 @@
+"""A run's plan: the policy in force, what it takes, and how it reads to a person."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flexport.models.spec import (
+    ModelSpec,
+    flops_per_token,
+    kv_bytes_per_token,
+    layer_tensors,
+)
+from flexport.planner.footprint import Footprint, JobSizes, ModelSizes
+from flexport.policy import Budgets, Policy, Split, Tier
+from flexport.units import format_bytes
+
+__all__ = ["Plan", "model_sizes"]
+
+
+def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> ModelSizes:
+    """The planner's numbers of a model whose weights have so many bytes a value on disk."""
+    layer_bytes = []
+    table_bytes = 0
+    for layer in range(spec.num_schedule_layers):
+        own = [
+            tensor
+            for tensor in layer_tensors(spec, layer)
+            if not (layer == 0 and spec.tied_head and tensor.slot == "tokens.weight")
+        ]
+        layer_bytes.append(sum(tensor.num_values for tensor in own) * file_item_bytes)
+        tables = sum(tensor.num_values for tensor in own if tensor.kind == "table")
+        table_bytes += tables * file_item_bytes
+    heads_size = spec.num_heads * spec.head_dim
+    kv_size = 2 * spec.num_kv_heads * spec.head_dim
+    # The two peaks of a layer: attention (norm, q, k, v, output) and MLP (norm, up, down).
+    wide = max(spec.hidden_size + 2 * heads_size + kv_size, spec.hidden_size + 2 * spec.mlp_size)
+    return ModelSizes(
+        layer_bytes=tuple(layer_bytes),
+        table_bytes=table_bytes,
+        decoded_ratio=item_bytes / file_item_bytes,
+        cache_token_bytes=kv_bytes_per_token(spec, item_bytes) * spec.num_layers,
+        num_layers=spec.num_layers,
+        hidden_token_bytes=spec.hidden_size * item_bytes,
+        work_token_bytes=wide * item_bytes,
+        # The product, its float32 copy, and one more for sampling.
+        head_token_bytes=spec.vocab_size * (item_bytes + 8),
+        # Scores and their softmax, in float32.
+        score_bytes=spec.num_heads * 8,
+        token_flops=flops_per_token(spec),
+        max_positions=spec.max_positions,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run will do, said before it starts."""
+
+    model: str
+    backend: str
+    dtype: str
+    dtype_reason: str
+    policy: Policy
+    job: JobSizes
+    needs: Footprint
+    budgets: Budgets
+    page_tokens: int
+    stream_bytes: int
+    """Weights that every sweep reads from disk."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "policy": self.policy.to_dict(),
+            "budgets": asdict(self.budgets),
+            "needs": {
+                "device_bytes": self.needs.device_bytes,
+                "host_bytes": self.needs.host_bytes,
+                "disk_bytes": self.needs.disk_bytes,
+            },
+            "page_tokens": self.page_tokens,
+            "stream_bytes_per_sweep": self.stream_bytes,
+        }
+
+    def describe(self) -> str:
+        """The plan for a person to read."""
+        needs, policy = self.needs, self.policy
+        shown = [tier for tier in Tier if not (needs.unified and tier is Tier.HOST)]
+        names = {
+            Tier.DEVICE: "memory" if needs.unified else "device",
+            Tier.HOST: "host",
+            Tier.DISK: "disk",
+        }
+        rows = [["", *(names[tier] for tier in shown)]]
+        for name, split in (
+            ("weights", policy.weights),
+            ("KV cache", policy.cache),
+            ("activations", policy.activations),
+        ):
+            rows.append([name, *(_percent(split, tier, needs.unified) for tier in shown)])
+        taken = {
+            Tier.DEVICE: (needs.device_bytes, self._memory_bytes),
+            Tier.HOST: (needs.host_bytes, self.budgets.host_bytes),
+            Tier.DISK: (needs.disk_bytes, self.budgets.disk_bytes),
+        }
+        rows.append(["takes at most", *(format_bytes(taken[tier][0]) for tier in shown)])
+        rows.append(["of a budget of", *(format_bytes(taken[tier][1]) for tier in shown)])
+        streams = (
+            f", {format_bytes(self.stream_bytes)} of weights read from disk each sweep"
+            if self.stream_bytes
+            else ""
+        )
+        pace = f", {policy.sweep_tokens} prompt tokens a sweep" if policy.sweep_tokens else ""
+        return "\n".join(
+            [
+                f"plan: {self.model} on {self.backend} in {self.dtype} ({self.dtype_reason})",
+                *_table(rows),
+                f"  {policy.num_batches} x {policy.batch_size} rows share each sweep over the "
+                f"weights{streams}{pace}",
+            ]
+        )
+
+    @property
+    def _memory_bytes(self) -> int:
+        host_bytes = self.budgets.host_bytes if self.needs.unified else 0
+        return self.budgets.device_bytes + host_bytes
+
+
+def _percent(split: Split, tier: Tier, unified: bool) -> str:
+    share = split.share(tier)
+    if unified and tier is Tier.DEVICE:
+        share += split.host
+    return f"{100 * share:.1f} %"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  " + row[0].ljust(widths[0]) + "".join(
+            "  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
+        )
+        for row in rows
+    ]  # fmt: skip

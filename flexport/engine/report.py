@@ -1,0 +1,81 @@
+"""A run's report: what was asked, what was done, where the time and the bytes went."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import psutil
+
+import flexport
+from flexport.engine.clock import Clock
+from flexport.engine.plan import Plan
+from flexport.policy import Tier
+from flexport.store.store import Store
+
+__all__ = ["report"]
+
+KINDS = ("weights", "cache", "activations")
+
+
+def report(
+    *,
+    plan: Plan,
+    store: Store,
+    clock: Clock,
+    load_s: float,
+    total_s: float,
+    prompt_tokens: int,
+    generated_tokens: int,
+) -> dict[str, Any]:
+    """The report as plain data. Sizes are bytes, times seconds."""
+    busy_s = clock.prefill_s + clock.decode_s
+    return {
+        "model": plan.model,
+        "backend": plan.backend,
+        "dtype": plan.dtype,
+        "policy": plan.policy.to_dict(),
+        "placement": {kind: _placement(store, kind) for kind in KINDS},
+        "peak_bytes": {
+            "device": store.device.peak_bytes,
+            "host": 0 if store.unified else store.host.peak_bytes,
+            "disk": store.disk_peak_bytes,
+        },
+        "moved_bytes": {name: lane.moved_bytes for name, lane in store.lanes.items()},
+        "seconds": {
+            "load": load_s,
+            "prefill": clock.prefill_s,
+            "decode": clock.decode_s,
+            "total": total_s + load_s,
+        },
+        "busy_seconds": {
+            "compute": clock.compute_s,
+            **{name: lane.busy_s for name, lane in store.lanes.items()},
+        },
+        "wait_seconds": {"compute": clock.wait_s},
+        "tokens": {"prompt": prompt_tokens, "generated": generated_tokens},
+        "throughput": {
+            "generation_tok_s": generated_tokens / busy_s if busy_s else 0.0,
+            "total_tok_s": (prompt_tokens + generated_tokens) / busy_s if busy_s else 0.0,
+        },
+        "predicted": plan.to_dict()["needs"],
+        "plan": plan.to_dict(),
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "num_cores": os.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+        },
+        "version": flexport.__version__,
+    }
+
+
+def _placement(store: Store, kind: str) -> dict[str, dict[str, float]]:
+    """Bytes that were given a home on each tier, and their shares."""
+    placed = {tier: store.placed_bytes[kind, tier] for tier in Tier}
+    total = sum(placed.values())
+    return {
+        tier.value: {"bytes": placed[tier], "share": placed[tier] / total if total else 0.0}
+        for tier in Tier
+    }

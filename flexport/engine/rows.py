@@ -1,0 +1,85 @@
+"""Rows under way and the batches they run in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from flexport.engine.cache import BatchCache
+from flexport.schedule.order import BatchPlan, Piece
+
+__all__ = ["Batch", "Row"]
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One row under way: tokens that are given, and tokens that were sampled."""
+
+    key: object
+    """Whatever its owner knows it by."""
+    prompt_ids: tuple[int, ...]
+    logits_from: int
+    """The first prompt token whose logits are wanted; generation wants the last one's only."""
+    max_steps: int
+    """Tokens that may be sampled; 1 means that the prompt is all that is computed."""
+    sampled_ids: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Rows that are decoded together; all end in the same column."""
+
+    index: int
+    rows: Sequence[Row]
+    bands: Sequence[tuple[int, int]]
+    plan: BatchPlan
+    cache: BatchCache
+    num_columns: int
+    """Prompt columns: the length of the longest prompt."""
+
+    def keeps(self, piece: Piece) -> bool:
+        """Whether a later visit will ask for the keys and values of this piece."""
+        if any(row.max_steps > 1 for row in self.rows):
+            return True
+        is_whole = all(self.start(index) >= piece.start for index in self.live(piece))
+        return not is_whole or piece.stop < self.num_columns
+
+    def start(self, index: int) -> int:
+        """The column of a row's first token."""
+        return self.num_columns - len(self.rows[index].prompt_ids)
+
+    def live(self, piece: Piece) -> list[int]:
+        """The rows of the piece that are still going, in order."""
+        begin, end = (0, len(self.rows)) if piece.band is None else self.bands[piece.band]
+        return [index for index in range(begin, end) if not self.rows[index].ended]
+
+    def tokens(self, piece: Piece) -> tuple[list[int], list[int]]:
+        """Ids and positions of the piece's tokens, row by row."""
+        ids: list[int] = []
+        positions: list[int] = []
+        for index in self.live(piece):
+            row, start = self.rows[index], self.start(index)
+            if piece.band is None:
+                ids.append(row.sampled_ids[piece.start - self.num_columns])
+                positions.append(piece.start - start)
+            else:
+                first, last = max(piece.start, start) - start, piece.stop - start
+                ids.extend(row.prompt_ids[first:last])
+                positions.extend(range(first, last))
+        return ids, positions
+
+    def wanted(self, piece: Piece) -> tuple[list[tuple[Row, int]], list[int]]:
+        """Whose logits are wanted: (row, how many tokens), and the tokens' places in the piece."""
+        rows: list[tuple[Row, int]] = []
+        places: list[int] = []
+        at = 0
+        for index in self.live(piece):
+            row, start = self.rows[index], self.start(index)
+            first, last = max(piece.start, start) - start, piece.stop - start
+            begin = max(first, row.logits_from)
+            if begin < last:
+                rows.append((row, last - begin))
+                places.extend(range(at + begin - first, at + last - first))
+            at += last - first
+        return rows, places

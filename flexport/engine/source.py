@@ -1,0 +1,121 @@
+"""Where a model comes from: the embedded demo, a directory, a hub id, or made-up weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flexport.checkpoint.directory import open_checkpoint, read_object, require, unexpected
+from flexport.checkpoint.dummy import DummyKind, write_dummy
+from flexport.demo import MODEL_DIR
+from flexport.engine.weights import tensor_names
+from flexport.errors import CheckpointError, UnsupportedModel
+from flexport.models import ModelSpec, known_config, known_names, spec_of
+from flexport.models.spec import TensorSpec, layer_tensors
+from flexport.records import FileTensor
+
+__all__ = ["Source", "open_source"]
+
+IGNORED_SUFFIXES = ("lm_head.weight", ".attn.bias", ".masked_bias", "rotary_emb.inv_freq")
+"""Tensors that published checkpoints carry along and that hold nothing of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model before any weight is read."""
+
+    name: str
+    spec: ModelSpec
+    files: Mapping[str, FileTensor] | None
+    """Where each tensor lies; None if the weights have to be made up first."""
+    directory: Path | None
+    """Where the tokenizer is."""
+
+    @property
+    def file_dtype(self) -> str | None:
+        """The dtype of most of the weights, by bytes."""
+        if self.files is None:
+            return None
+        sizes: dict[str, int] = {}
+        for file in self.files.values():
+            sizes[file.dtype] = sizes.get(file.dtype, 0) + file.num_bytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def make_up(self, directory: Path, dtype: str, seed: int) -> dict[str, FileTensor]:
+        """Write seeded random weights, and say where each tensor lies.
+
+        All decoder layers share the bytes of one, so that a 175B model needs 4 GB of disk; what
+        a run reads and computes is the same.
+        """
+        layers = [0, 1, self.spec.head_layer]
+        wanted = [t for layer in layers for t in tensor_names(self.spec, layer)]
+        kinds: dict[str, DummyKind] = {"table": "matrix", "matrix": "matrix", "bias": "bias"}
+        written = write_dummy(
+            directory / "dummy.safetensors",
+            [
+                (t.names[0], t.shape, "norm" if _is_norm_weight(t) else kinds.get(t.kind, "bias"))
+                for t in wanted
+            ],
+            dtype,
+            seed,
+        )
+        files = dict(written)
+        first = layer_tensors(self.spec, 1)
+        for layer in range(2, self.spec.head_layer):
+            for tensor, like in zip(layer_tensors(self.spec, layer), first, strict=True):
+                files[tensor.names[0]] = written[like.names[0]]
+        return files
+
+
+def open_source(
+    model: str | None, revision: str | None, load_format: Literal["auto", "dummy"]
+) -> Source:
+    """The model asked for; None is the embedded demo. Reads configs and headers, no weights.
+
+    Raises CheckpointError and UnsupportedModel.
+    """
+    if load_format == "dummy":
+        return _dummy(model)
+    checkpoint = open_checkpoint(str(MODEL_DIR) if model is None else model, revision)
+    spec = spec_of(checkpoint.config, checkpoint.generation_config)
+    names: dict[str, tuple[int, ...]] = {}
+    for layer in range(spec.num_schedule_layers):
+        for tensor in tensor_names(spec, layer):
+            found = [name for name in tensor.names if name in checkpoint.tensors]
+            names[(found or tensor.names)[0]] = tensor.shape
+    files = require(checkpoint, names)
+    extra = [
+        name for name in unexpected(checkpoint, names) if not name.endswith(IGNORED_SUFFIXES)
+    ]
+    if extra:
+        raise UnsupportedModel(
+            f"{checkpoint.name} has {len(extra)} tensors that its family {spec.family!r} has no "
+            f"place for, e.g. {', '.join(extra[:5])}; computing without them would be wrong"
+        )
+    return Source(
+        name="flexport-demo" if model is None else checkpoint.name,
+        spec=spec,
+        files=files,
+        directory=checkpoint.directory,
+    )
+
+
+def _dummy(model: str | None) -> Source:
+    if model is None:
+        raise CheckpointError("--load-format dummy needs --model, e.g. --model facebook/opt-1.3b")
+    config: Mapping[str, Any] | None = known_config(model)
+    directory = Path(model).expanduser()
+    if config is None and (directory / "config.json").is_file():
+        config = read_object(directory / "config.json")
+    if config is None:
+        raise CheckpointError(
+            f"--load-format dummy knows no shapes of {model!r}: it is no directory with a "
+            f"config.json, and not one of {', '.join(known_names())}"
+        )
+    return Source(name=model, spec=spec_of(config), files=None, directory=None)
+
+
+def _is_norm_weight(tensor: TensorSpec) -> bool:
+    return tensor.kind == "norm" and tensor.slot.endswith(".weight")

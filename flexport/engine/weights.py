@@ -1,0 +1,361 @@
+"""A model's weights over the tiers: loaded once or streamed every sweep, decoded once a sweep.
+
+Each layer is cut by the weight split into resident and streamed parts. Resident parts are read
+and decoded once, when the run opens (and packed for the backend's kernel where it can do that);
+streamed ones come as at most two bundles a layer and sweep, one from the host and one from
+disk: the byte ranges of the checkpoint's own files, read in place. Tables that are only read by
+rows (token and position embeddings) never stream: the rows in need are fetched.
+
+Dimension key: T tokens, D features in, F features out or of a table's row, R rows of a part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexport.backend import Backend, PacksWeights
+from flexport.engine.transfer import to_device
+from flexport.models.spec import ModelSpec, TensorSpec, layer_tensors
+from flexport.policy import Split, Tier
+from flexport.records import FileTensor
+from flexport.store.place import Dealer
+from flexport.store.pool import Buffer
+from flexport.store.store import FileRun, Kept, Lease, Store
+from flexport.torch_ops import as_tensor, torch_dtype
+
+__all__ = ["LayerLease", "ModelWeights", "Shard", "place_weights", "tensor_names"]
+
+MERGE_BYTES = 64 << 10
+"""Ranges of a file closer than this are read as one: skipping costs a disk more than reading."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """Some rows of one tensor, at home on one tier."""
+
+    tensor: TensorSpec
+    file: FileTensor
+    begin: int
+    end: int
+    tier: Tier
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of these rows."""
+        return (self.end - self.begin, *self.tensor.shape[1:])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, as it lies in the file."""
+        return self.file.num_bytes // self.tensor.shape[0]
+
+    @property
+    def run(self) -> FileRun:
+        """Where its bytes lie."""
+        return FileRun(
+            path=self.file.path,
+            offset_bytes=self.file.offset_bytes + self.begin * self.row_bytes,
+            num_bytes=(self.end - self.begin) * self.row_bytes,
+        )
+
+
+def tensor_names(spec: ModelSpec, layer: int) -> tuple[TensorSpec, ...]:
+    """The tensors that a layer owns; a table shared with the head is the head's."""
+    tensors = layer_tensors(spec, layer)
+    if layer == 0 and spec.tied_head:
+        return tuple(tensor for tensor in tensors if tensor.slot != "tokens.weight")
+    return tensors
+
+
+def place_weights(
+    spec: ModelSpec, files: Mapping[str, FileTensor], split: Split
+) -> list[list[Shard]]:
+    """The shards of each layer of the schedule, by the weight split."""
+    dealer = Dealer(split)
+    layers = []
+    for layer in range(spec.num_schedule_layers):
+        # Vectors first: they are the last that should stream, being used by every visit.
+        tensors = sorted(tensor_names(spec, layer), key=lambda tensor: len(tensor.shape) > 1)
+        found = [next(files[name] for name in tensor.names if name in files) for tensor in tensors]
+        parts = dealer.cut([(f.shape[0], f.num_bytes // f.shape[0]) for f in found])
+        layers.append(
+            [
+                Shard(
+                    tensor=tensors[part.index],
+                    file=found[part.index],
+                    begin=part.begin,
+                    end=part.end,
+                    tier=part.tier,
+                )
+                for part in parts
+            ]
+        )
+    return layers
+
+
+class _Bundle:
+    """Shards of one layer that stream together, and where each lies in their bytes."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = sorted(shards, key=lambda s: (str(s.run.path), s.run.offset_bytes))
+        runs: list[FileRun] = []
+        self._places: list[tuple[int, int]] = []
+        for shard in self.shards:
+            run = shard.run
+            end = run.offset_bytes + run.num_bytes
+            if runs and runs[-1].path == run.path:
+                gap_bytes = run.offset_bytes - (runs[-1].offset_bytes + runs[-1].num_bytes)
+                if gap_bytes <= MERGE_BYTES:
+                    start = runs[-1].offset_bytes
+                    runs[-1] = FileRun(path=run.path, offset_bytes=start, num_bytes=end - start)
+                    self._places.append((len(runs) - 1, run.offset_bytes - start))
+                    continue
+            runs.append(run)
+            self._places.append((len(runs) - 1, 0))
+        self.runs = tuple(runs)
+
+    def views(self, bytes_B: Tensor, kept: Kept) -> list[tuple[Shard, Tensor]]:
+        """Each shard's values in the bundle's bytes, in the dtype of the file."""
+        return [
+            (
+                shard,
+                as_tensor(
+                    bytes_B,
+                    kept.starts_bytes[run] + offset_bytes,
+                    shard.shape,
+                    torch_dtype(shard.file.dtype),
+                ),
+            )
+            for shard, (run, offset_bytes) in zip(self.shards, self._places, strict=True)
+        ]
+
+
+class ModelWeights:
+    """All layers' weights; open for as long as the run."""
+
+    def __init__(
+        self, spec: ModelSpec, layers: Sequence[Sequence[Shard]], store: Store, dtype: torch.dtype
+    ) -> None:
+        self.spec = spec
+        self._store = store
+        self._backend = store.backend
+        self._dtype = dtype
+        self._shards = layers
+        self._resident: list[dict[str, list[tuple[int, Tensor]]]] = [
+            defaultdict(list) for _ in layers
+        ]
+        self._streams: list[list[tuple[_Bundle, Kept]]] = [[] for _ in layers]
+        self._on_host: dict[Shard, Tensor] = {}
+        for shards in layers:
+            for shard in shards:
+                store.placed_bytes["weights", shard.tier] += shard.run.num_bytes
+
+    def load(self) -> None:
+        """Read what is resident. Needs staging for one layer more than stays."""
+        for layer, shards in enumerate(self._shards):
+            self._load_layer(layer, shards)
+
+    def staging_bytes(self, layer: int) -> tuple[int, int]:
+        """Device and host bytes that fetching the layer takes, decoded copies included."""
+        device_bytes, host_bytes = 0, 0
+        for bundle, kept in self._streams[layer]:
+            for_device, for_host = self._store.staging_bytes(kept)
+            device_bytes += for_device + decoded_bytes(bundle.shards, self._dtype)
+            host_bytes += for_host
+        return device_bytes, host_bytes
+
+    def fetch(self, layer: int) -> LayerLease:
+        """Start streaming a layer."""
+        leases = [(bundle, kept, self._store.fetch(kept)) for bundle, kept in self._streams[layer]]
+        return LayerLease(self, self._store, self._resident[layer], leases, self._dtype)
+
+    def rows(self, slot: str, ids_T: Tensor) -> Tensor:
+        """Rows of a table, (T, F) on the device; `ids_T` is int64 in host memory."""
+        layer = self.spec.head_layer if slot == "head.weight" else 0
+        shards = [shard for shard in self._shards[layer] if shard.tensor.slot == slot]
+        resident = dict(self._resident[layer].get(slot, []))
+        if len(shards) == 1 and 0 in resident:
+            return resident[0][to_device(self._backend, ids_T)]
+        wanted_R, places_T = torch.unique(ids_T, return_inverse=True)
+        pieces = []
+        for shard in sorted(shards, key=lambda shard: shard.begin):
+            mine_R = wanted_R[(wanted_R >= shard.begin) & (wanted_R < shard.end)] - shard.begin
+            if len(mine_R):
+                pieces.append(self._rows_of(shard, resident.get(shard.begin), mine_R))
+        return torch.cat(pieces)[to_device(self._backend, places_T)]
+
+    def _rows_of(self, shard: Shard, resident_RF: Tensor | None, rows_R: Tensor) -> Tensor:
+        if resident_RF is not None:
+            return resident_RF[to_device(self._backend, rows_R)]
+        if shard in self._on_host:
+            values_RF = self._on_host[shard][rows_R]
+        else:
+            raw_RB = self._store.read_rows(shard.run, shard.row_bytes, rows_R.tolist())
+            values_RF = raw_RB.view(torch_dtype(shard.file.dtype))
+        return to_device(self._backend, values_RF.to(self._dtype))
+
+    def _load_layer(self, layer: int, shards: Sequence[Shard]) -> None:
+        near = {Tier.DEVICE, Tier.HOST} if self._store.unified else {Tier.DEVICE}
+        stays = [shard for shard in shards if shard.tier in near]
+        if stays:
+            self._make_resident(layer, stays)
+        for tier in (Tier.HOST, Tier.DISK):
+            away = [shard for shard in shards if shard.tier is tier and tier not in near]
+            streams = [shard for shard in away if shard.tensor.kind != "table"]
+            tables = [shard for shard in away if shard.tensor.kind == "table"]
+            if streams:
+                bundle = _Bundle(streams)
+                keep = self._keep_on_host if tier is Tier.HOST else self._keep_in_files
+                self._streams[layer].append((bundle, keep(bundle)))
+            if tables and tier is Tier.HOST:
+                self._keep_on_host(_Bundle(tables))
+
+    def _make_resident(self, layer: int, shards: Sequence[Shard]) -> None:
+        bundle = _Bundle(shards)
+        on_disk = self._store.keep_file("weights", bundle.runs)
+        lease = self._store.fetch(on_disk)
+        try:
+            lease.ticket.wait()
+            for shard, view in bundle.views(lease.bytes_B, on_disk):
+                tensor = self._resident_tensor(shard, view)
+                self._resident[layer][shard.tensor.slot].append((shard.begin, tensor))
+            self._backend.sync()
+        finally:
+            lease.release()
+
+    def _resident_tensor(self, shard: Shard, view: Tensor) -> Tensor:
+        pool = self._store.device
+        buffer = pool.take(view.numel() * self._dtype.itemsize)
+        plain = as_tensor(buffer.bytes_B, 0, shard.shape, self._dtype).copy_(view)
+        # A tied head is a table too, and a packed weight can't be read by rows.
+        is_table = self.spec.tied_head and shard.tensor.slot == "head.weight"
+        if shard.tensor.kind != "matrix" or is_table or not isinstance(self._backend, PacksWeights):
+            return plain
+        packed = self._backend.pack(plain)
+        if packed is not plain:
+            pool.give_back(buffer)
+            pool.reserve(buffer.num_bytes)
+        return packed
+
+    def _keep_in_files(self, bundle: _Bundle) -> Kept:
+        return self._store.keep_file("weights", bundle.runs)
+
+    def _keep_on_host(self, bundle: _Bundle) -> Kept:
+        """Read a bundle from its files into host memory, where it stays, as it lies on disk."""
+        store = self._store
+        on_disk = store.keep_file("weights", bundle.runs)
+        buffer = store.host.take(on_disk.num_bytes)
+        store.read_file(on_disk, buffer.bytes_B[: on_disk.num_bytes]).join()
+        kept = Kept(
+            kind="weights",
+            num_bytes=on_disk.num_bytes,
+            home=Tier.HOST,
+            buffer=buffer,
+            starts_bytes=on_disk.starts_bytes,
+        )
+        self._on_host.update(bundle.views(buffer.bytes_B, kept))
+        return kept
+
+
+def decoded_bytes(shards: Sequence[Shard], dtype: torch.dtype) -> int:
+    """What copies of the shards in `dtype` take; nothing for those that have it in the file."""
+    return sum(
+        math.prod(shard.shape) * dtype.itemsize
+        for shard in shards
+        if torch_dtype(shard.file.dtype) != dtype
+    )
+
+
+class LayerLease:
+    """One layer's weights during one sweep: what `models.decoder.Weights` asks for."""
+
+    def __init__(
+        self,
+        model: ModelWeights,
+        store: Store,
+        resident: Mapping[str, list[tuple[int, Tensor]]],
+        leases: Sequence[tuple[_Bundle, Kept, Lease]],
+        dtype: torch.dtype,
+    ) -> None:
+        self._model = model
+        self._store = store
+        self._backend: Backend = store.backend
+        self._resident = resident
+        self._leases = leases
+        self._dtype = dtype
+        self._decoded: list[Buffer] = []
+        self._parts: dict[str, list[Tensor]] | None = None
+
+    def wait(self) -> None:
+        """Order what is computed from now on after the streams, and decode what they brought."""
+        if self._parts is not None:
+            return
+        parts: dict[str, list[tuple[int, Tensor]]] = {
+            slot: list(tensors) for slot, tensors in self._resident.items()
+        }
+        for bundle, kept, lease in self._leases:
+            lease.ticket.wait()
+            for shard, view in bundle.views(lease.bytes_B, kept):
+                parts.setdefault(shard.tensor.slot, []).append((shard.begin, self._decode(view)))
+        self._parts = {
+            slot: [tensor for _, tensor in sorted(tensors, key=lambda part: part[0])]
+            for slot, tensors in parts.items()
+        }
+
+    join = wait
+
+    def linear(self, x_TD: Tensor, part: str) -> Tensor:
+        """x @ weight.T, plus the bias if there is one: (T, F)."""
+        weights = self._slot(f"{part}.weight")
+        bias_F = self.vector(f"{part}.bias") if f"{part}.bias" in self._all() else None
+        if len(weights) == 1:
+            return self._backend.matmul(x_TD, weights[0], bias_F)
+        pieces, begin = [], 0
+        for weight_RD in weights:
+            end = begin + weight_RD.shape[0]
+            bias_R = None if bias_F is None else bias_F[begin:end]
+            pieces.append(self._backend.matmul(x_TD, weight_RD, bias_R))
+            begin = end
+        return torch.cat(pieces, dim=-1)
+
+    def vector(self, slot: str) -> Tensor:
+        """A whole vector."""
+        parts = self._slot(slot)
+        if len(parts) > 1:
+            parts[:] = [torch.cat(parts)]
+        return parts[0]
+
+    def rows(self, part: str, ids_T: Tensor) -> Tensor:
+        """Rows of a table; those of a tied token table are the head's."""
+        shared = part == "tokens" and self._model.spec.tied_head
+        return self._model.rows("head.weight" if shared else f"{part}.weight", ids_T)
+
+    def release(self) -> None:
+        """The sweep has left this layer."""
+        self._parts = None
+        for buffer in self._decoded:
+            self._store.device.give_back(buffer)
+        self._decoded = []
+        for _, _, lease in self._leases:
+            lease.release()
+        self._leases = ()
+
+    def _all(self) -> dict[str, list[Tensor]]:
+        assert self._parts is not None, "the weights were not waited for"
+        return self._parts
+
+    def _slot(self, slot: str) -> list[Tensor]:
+        return self._all()[slot]
+
+    def _decode(self, view: Tensor) -> Tensor:
+        if view.dtype == self._dtype:
+            return view
+        buffer = self._store.device.take(view.numel() * self._dtype.itemsize)
+        self._decoded.append(buffer)
+        return as_tensor(buffer.bytes_B, 0, view.shape, self._dtype).copy_(view)

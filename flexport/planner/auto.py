@@ -1,0 +1,259 @@
+"""`--policy auto`: as much as fits on the fastest tier, the rest spilled, the best block.
+
+For each block size the nine shares follow from the budgets: what is filled first (cache or
+weights) takes all it can of the device, then of the host, and what is left over goes to disk.
+Of these policies the one with the most predicted tokens a second is taken. The prediction
+needs only ratios to rank policies, so typical rates serve where nothing was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flexport.errors import DoesNotFit
+from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint
+from flexport.policy import Budgets, Policy, Split
+from flexport.units import format_bytes
+
+__all__ = ["Choice", "Rates", "check", "choose", "predicted_tok_s"]
+
+BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+BATCH_ROWS = 64
+"""Rows of a micro-batch: matrix kernels are near their best from here on."""
+
+STEPS = 14
+"""Halvings in a search for a share: exact to 1/16384, far below one row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What the machine's lanes do, as far as ranking policies needs it."""
+
+    disk_bytes_per_s: float = 1.5e9
+    """A cloud or laptop NVMe disk; also what the project's own CI machines read at."""
+    link_bytes_per_s: float = 12e9
+    """PCIe 3.0 x16, as FlexGen's T4 had it (arXiv:2303.06865, table 1)."""
+    memory_bytes_per_s: float = 20e9
+    flops_per_s: float = 4e11
+    """Two desktop-class cores with bfloat16 instructions."""
+    half_rows: int = 16
+    """Rows of a product at which the matrix kernel reaches half its rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What the caller has fixed; None leaves it to the search."""
+
+    weights: Split | None = None
+    cache: Split | None = None
+    activations: Split | None = None
+    batch_size: int | None = None
+    num_batches: int | None = None
+    prefill_tokens: int | None = None
+    sweep_tokens: int | None = None
+
+
+def choose(
+    model: ModelSizes,
+    job: JobSizes,
+    budgets: Budgets,
+    *,
+    page_tokens: int,
+    unified: bool,
+    fixed: Choice | None = None,
+    rates: Rates | None = None,
+) -> Policy:
+    """The best policy that fits. Raises DoesNotFit, with the smallest memory that would do."""
+    fixed, rates = fixed or Choice(), rates or Rates()
+
+    def needs(policy: Policy) -> Footprint:
+        return footprint(model, job, policy, page_tokens, unified)
+
+    def fits(policy: Policy) -> bool:
+        return within(needs(policy), budgets)
+
+    best: tuple[float, Policy] | None = None
+    for block in _blocks(model, job, fixed):
+        for cache_first in (True, False):
+            policy = _filled(block, fixed, cache_first, unified, fits)
+            if fits(policy):
+                policy = _paced(policy, fixed, model, job, rates, unified, fits)
+                score = predicted_tok_s(model, job, policy, rates, unified)
+                if best is None or score > best[0] * 1.001:
+                    best = (score, policy)
+    if best is None:
+        smallest = _filled(next(_blocks(model, job, fixed)), fixed, True, unified, lambda _: False)
+        raise _refusal(needs(smallest), smallest, budgets)
+    return best[1]
+
+
+def check(needs: Footprint, policy: Policy, budgets: Budgets) -> None:
+    """Raise DoesNotFit, with the numbers, unless the budgets hold what the policy needs."""
+    if not within(needs, budgets):
+        raise _refusal(needs, policy, budgets)
+
+
+def within(needs: Footprint, budgets: Budgets) -> bool:
+    """Whether each tier has room."""
+    memory_bytes = budgets.device_bytes + (budgets.host_bytes if needs.unified else 0)
+    return (
+        needs.device_bytes <= memory_bytes
+        and needs.host_bytes <= budgets.host_bytes
+        and needs.disk_bytes <= budgets.disk_bytes
+    )
+
+
+def predicted_tok_s(
+    model: ModelSizes, job: JobSizes, policy: Policy, rates: Rates, unified: bool
+) -> float:
+    """Generated tokens a second of a long job, if every lane runs at its rate."""
+    rows = policy.block_size if job.num_rows is None else min(policy.block_size, job.num_rows)
+    prefill_s, step_s = _seconds(model, job, policy, rates, unified, rows)
+    if policy.sweep_tokens:
+        batch_tokens = min(policy.batch_size, rows) * job.prompt_tokens
+        sweeps = job.new_tokens + batch_tokens / policy.sweep_tokens
+        return rows * job.new_tokens / (sweeps * step_s)
+    return rows * job.new_tokens / (prefill_s + job.new_tokens * step_s)
+
+
+def _seconds(
+    model: ModelSizes, job: JobSizes, policy: Policy, rates: Rates, unified: bool, rows: int
+) -> tuple[float, float]:
+    """Of a block: its prefill, and one decode step at the mean length."""
+    batch_rows = min(policy.batch_size, rows)
+    mean_tokens = job.prompt_tokens + job.new_tokens / 2
+    cache_bytes = rows * mean_tokens * model.cache_token_bytes
+    far = 0.0 if unified else 1.0
+    disk_bytes = policy.weights.disk * model.stream_bytes + policy.cache.disk * cache_bytes
+    link_bytes = far * (
+        (policy.weights.disk + policy.weights.host) * model.stream_bytes
+        + (policy.cache.disk + policy.cache.host) * cache_bytes
+    )
+    moved_s = max(disk_bytes / rates.disk_bytes_per_s, link_bytes / rates.link_bytes_per_s)
+    efficiency = batch_rows / (batch_rows + rates.half_rows)
+    compute_s = (
+        rows * model.token_flops / (rates.flops_per_s * efficiency)
+        + cache_bytes / rates.memory_bytes_per_s
+    )
+    prefill_s = max(
+        rows * job.prompt_tokens * model.token_flops / rates.flops_per_s,
+        policy.weights.disk * model.stream_bytes / rates.disk_bytes_per_s,
+    )
+    return prefill_s, max(moved_s, compute_s)
+
+
+def _blocks(model: ModelSizes, job: JobSizes, fixed: Choice) -> Iterator[Policy]:
+    """Policies of each block shape to be tried, smallest first, everything on disk."""
+    everything = Split(device=0.0, disk=1.0)
+    prefill_tokens = fixed.prefill_tokens or 2048
+    most = job.num_rows or max(BLOCK_SIZES)
+    sizes = sorted({*(size for size in BLOCK_SIZES if size < most), min(most, BLOCK_SIZES[-1])})
+    shapes = {
+        (
+            fixed.batch_size or min(BATCH_ROWS, -(-size // (fixed.num_batches or 1))),
+            fixed.num_batches or max(1, -(-size // (fixed.batch_size or BATCH_ROWS))),
+        )
+        for size in sizes
+    }
+    for batch_size, num_batches in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
+        yield Policy(
+            weights=fixed.weights or everything,
+            cache=fixed.cache or everything,
+            activations=fixed.activations or Split(),
+            batch_size=batch_size,
+            num_batches=num_batches,
+            prefill_tokens=prefill_tokens,
+            sweep_tokens=fixed.sweep_tokens or 0,
+        )
+
+
+def _filled(
+    policy: Policy,
+    fixed: Choice,
+    cache_first: bool,
+    unified: bool,
+    fits: Callable[[Policy], bool],
+) -> Policy:
+    """Move all that fits from disk to memory, the kind named first as far as it goes."""
+    order = ("cache", "weights") if cache_first else ("weights", "cache")
+    for tier in ("device",) if unified else ("device", "host"):
+        for kind in order:
+            if getattr(fixed, kind) is None:
+                policy = _raised(policy, kind, tier, fits)
+    return policy
+
+
+def _raised(policy: Policy, kind: str, tier: str, fits: Callable[[Policy], bool]) -> Policy:
+    """The largest share of `kind` on `tier`, taken from its disk share."""
+    split: Split = getattr(policy, kind)
+
+    def moved(share: float) -> Policy:
+        shares: Mapping[str, float] = {
+            "device": split.device, "host": split.host, "disk": split.disk - share
+        }  # fmt: skip
+        changed: dict[str, Any] = {kind: Split(**{**shares, tier: shares[tier] + share})}
+        return replace(policy, **changed)
+
+    if fits(moved(split.disk)):
+        return moved(split.disk)
+    low, high = 0.0, split.disk
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(moved(middle)) else (low, middle)
+    return moved(low)
+
+
+def _paced(
+    policy: Policy,
+    fixed: Choice,
+    model: ModelSizes,
+    job: JobSizes,
+    rates: Rates,
+    unified: bool,
+    fits: Callable[[Policy], bool],
+) -> Policy:
+    """Spread the prompts over the sweeps, where sweeps wait for links and the job is long.
+
+    While a sweep waits for its weights it can compute prompts of rows to come. At the start of a
+    job and at its end the sweeps are not full, so this pays only for many blocks.
+    """
+    if fixed.sweep_tokens is not None or fixed.num_batches is not None:
+        return policy
+    rows = policy.block_size
+    if job.num_rows is not None and job.num_rows < 4 * rows:
+        return policy
+    _, step_s = _seconds(model, job, policy, rates, unified, rows)
+    compute_s = rows * model.token_flops / rates.flops_per_s
+    tokens = int((step_s - compute_s) * rates.flops_per_s / model.token_flops)
+    batch_size = max(1, rows // 8) if fixed.batch_size is None else fixed.batch_size
+    if rows < 8 or tokens < batch_size * job.prompt_tokens // 4:
+        return policy
+    paced = replace(
+        policy,
+        batch_size=batch_size,
+        num_batches=-(-rows // batch_size),
+        sweep_tokens=max(tokens, min(policy.prefill_tokens, batch_size * job.prompt_tokens)),
+    )
+    before = predicted_tok_s(model, job, policy, rates, unified)
+    better = predicted_tok_s(model, job, paced, rates, unified) > before
+    return paced if better and fits(paced) else policy
+
+
+def _refusal(needs: Footprint, policy: Policy, budgets: Budgets) -> DoesNotFit:
+    memory_bytes = budgets.device_bytes + (budgets.host_bytes if needs.unified else 0)
+    lines = []
+    for tier, needed, found in (
+        ("device", needs.device_bytes, memory_bytes),
+        ("host", needs.host_bytes, budgets.host_bytes),
+        ("disk", needs.disk_bytes, budgets.disk_bytes),
+    ):
+        if needed > found:
+            lines.append(
+                f"--{tier}-memory is {format_bytes(found)}, and it takes {format_bytes(needed)}"
+            )
+    return DoesNotFit(
+        f"the budgets are too small for {policy.batch_size} x {policy.num_batches} rows: "
+        + "; ".join(lines)
+    )
