@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from flexport.errors import PolicyError
@@ -36,7 +37,8 @@ class Split:
 
     def __post_init__(self) -> None:
         shares = (self.device, self.host, self.disk)
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        # Written so that a NaN, which compares as false, is refused too.
+        if not (min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6):
             raise PolicyError(f"shares must be >= 0 and add up to 1, got {shares}")
 
     def share(self, tier: Tier) -> float:
@@ -118,6 +120,22 @@ class Policy:
     def to_json(self) -> str:
         """The policy as a JSON object."""
         return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Policy:
+        """The policy of a JSON file; raises PolicyError, naming the file, if it holds none."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PolicyError(f"can't read the policy file {path}: {error.strerror}") from error
+        except ValueError as error:  # not JSON, or not text at all
+            raise PolicyError(f"the policy file {path} is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise PolicyError(f"the policy file {path} holds a {type(data).__name__}, not an object")
+        try:
+            return cls.from_dict(data)
+        except PolicyError as error:
+            raise PolicyError(f"the policy file {path}: {error}") from error
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Policy:

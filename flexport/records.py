@@ -18,10 +18,14 @@ __all__ = [
     "FinishReason",
     "Request",
     "RequestOutput",
+    "RowForm",
     "SamplingParams",
 ]
 
 FinishReason = Literal["stop", "length"]
+
+RowForm = Literal["simple", "completions", "chat"]
+"""How a row came and wants its answer: flexport's own form, or one of OpenAI's batch endpoints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""What people use an engine for: each module is one whole job."""

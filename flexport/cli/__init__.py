@@ -1,0 +1,1 @@
+"""The command line: one small module a subcommand, and the options that several share."""

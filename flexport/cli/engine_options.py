@@ -1,0 +1,192 @@
+"""The options that every command with a model shares, and the engine that they ask for.
+
+Options have the names of `flexport.LLM`'s arguments. One that is not given is not passed on, so
+defaults are stated once, there. What can be checked without torch (sizes, the policy file,
+options that contradict each other) is checked here, before anything is imported or loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexport.errors import UsageError
+from flexport.policy import Policy
+from flexport.units import parse_bytes
+
+if TYPE_CHECKING:
+    from flexport.engine.llm import LLM
+
+__all__ = ["add_engine_arguments", "engine_settings", "open_engine"]
+
+_SHARES = ("WD", "WH", "KD", "KH", "AD", "AH")
+
+_BLOCK_OPTIONS = ("batch_size", "num_batches", "prefill_tokens", "sweep_tokens")
+_SETTINGS = (
+    "model",
+    "revision",
+    "load_format",
+    "backend",
+    "dtype",
+    "percent",
+    *_BLOCK_OPTIONS,
+    "device_memory",
+    "host_memory",
+    "disk_memory",
+    "offload_dir",
+)
+"""Options that go to `flexport.LLM` as they are."""
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the shared options, in three groups."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        metavar="DIR|HUB_ID",
+        help="a Hugging Face directory, or a hub id such as facebook/opt-6.7b "
+        "(default: the embedded demo model)",
+    )
+    model.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"
+    )
+    model.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        help="auto: read the checkpoint; dummy: seeded random weights of the right shapes, which "
+        "needs no checkpoint, and no network for a known hub id (default: auto)",
+    )
+    model.add_argument(
+        "--backend",
+        metavar="auto|NAME",
+        help="the device to run on, as `flexport backends` lists them (default: auto, the best "
+        "usable one)",
+    )
+    model.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="what is computed in (default: auto, what the backend says suits the device; the "
+        "run prints which and why)",
+    )
+
+    plan = parser.add_argument_group("policy: what lives where, and how many rows run at once")
+    plan.add_argument(
+        "--policy",
+        metavar="auto|FILE",
+        default="auto",
+        help="auto: as much as fits on the fastest tier and the largest block that the budgets "
+        "allow; FILE: a policy as JSON, which then says all of this group (default: auto)",
+    )
+    plan.add_argument(
+        "--percent",
+        nargs=6,
+        type=float,
+        metavar=_SHARES,
+        help="per cent of the weights on device and on host, of the KV cache on device and on "
+        "host, of the activations on device and on host; the rest of each is on disk "
+        "(default: the policy's)",
+    )
+    plan.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="ROWS",
+        help="rows of a micro-batch (default: the policy's)",
+    )
+    plan.add_argument(
+        "--num-batches",
+        type=_positive,
+        metavar="N",
+        help="micro-batches that share each sweep over the weights (default: the policy's)",
+    )
+    plan.add_argument(
+        "--prefill-tokens",
+        type=_positive,
+        metavar="TOKENS",
+        help="most prompt tokens in one visit of a layer; longer micro-batches are prefilled in "
+        "pieces (default: the policy's)",
+    )
+    plan.add_argument(
+        "--sweep-tokens",
+        type=_natural,
+        metavar="TOKENS",
+        help="most prompt tokens that one sweep over the layers carries, so that new rows join "
+        "while others decode; 0 = no bound (default: the policy's)",
+    )
+
+    budgets = parser.add_argument_group(
+        "budgets: hard caps; SIZE is e.g. 14GiB, 1.5GB or 800MiB (default: what is free, less a "
+        "margin)"
+    )
+    for tier, what in (
+        ("device", "device memory, staging included"),
+        ("host", "host memory, staging and pinned buffers included"),
+        ("disk", "disk space for spilled tensors; weights read in place cost none"),
+    ):
+        budgets.add_argument(f"--{tier}-memory", type=_size, metavar="SIZE", help=f"most {what}")
+    budgets.add_argument(
+        "--offload-dir",
+        metavar="DIR",
+        help="where spilled tensors live, in a folder that is removed at the end (default: the "
+        "system's temporary directory)",
+    )
+
+
+def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `flexport.LLM` that these options ask for.
+
+    Raises UsageError for options that contradict each other, and for a policy file that can't be
+    used.
+    """
+    settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    if args.revision is not None and (args.model is None or Path(args.model).is_dir()):
+        raise UsageError(
+            f"--revision {args.revision} names a version of a hub id, and the model is "
+            f"{'the embedded demo' if args.model is None else 'the directory ' + args.model}; "
+            "leave --revision out, or give --model a hub id"
+        )
+    if args.policy == "auto":
+        return settings
+    also_given = [name for name in ("percent", *_BLOCK_OPTIONS) if name in settings]
+    if also_given:
+        options = ", ".join("--" + name.replace("_", "-") for name in also_given)
+        raise UsageError(
+            f"--policy {args.policy} and {options} both say the policy; edit the file, or leave "
+            "one of them out"
+        )
+    return {**settings, "policy": Policy.from_file(args.policy)}
+
+
+def open_engine(args: argparse.Namespace) -> LLM:
+    """The engine that the options ask for. The caller closes it."""
+    settings = engine_settings(args)
+
+    # Torch comes in here: after everything that can be refused without it.
+    from flexport.engine.llm import LLM
+
+    return LLM(**settings)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
+    return number
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _whole(text, 0)

@@ -1,0 +1,156 @@
+"""How a job goes, for people: a bar on a terminal, a plain line now and then elsewhere.
+
+All of it goes to stderr. The time left is what the rows so far took, for the rows to come.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from flexport.apps.batch import Progress
+from flexport.units import format_seconds
+
+__all__ = ["ProgressLines", "say", "show_progress"]
+
+LINE_EVERY_S = 10.0
+"""Often enough to see that a job lives, seldom enough for a log file."""
+
+TICK_S = 1.0
+
+
+def say(line: str) -> None:
+    """A line for people on stderr, above the bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
+class _Ticking(Progress, Protocol):
+    """Progress that shows itself when it is told that time has passed."""
+
+    def tick(self) -> None:
+        """Show how things stand."""
+
+    def close(self) -> None:
+        """Show it for the last time."""
+
+
+@contextmanager
+def show_progress(num_rows: int | None) -> Iterator[Progress]:
+    """Progress on stderr while the block runs; `num_rows` is None for an input of unknown end."""
+    on_terminal = sys.stderr.isatty()
+    progress: _Ticking = (
+        _ProgressBar(num_rows) if on_terminal else ProgressLines(num_rows, sys.stderr)
+    )
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(TICK_S):
+            progress.tick()
+
+    # A thread of its own: rows end a block at a time, and minutes of silence look like a hang.
+    ticker = threading.Thread(target=tick, name="flexport-progress", daemon=True)
+    ticker.start()
+    try:
+        yield progress
+    finally:
+        over.set()
+        ticker.join()
+        progress.close()
+
+
+class _ProgressBar:
+    """A bar over rows, with the rate in tokens."""
+
+    def __init__(self, num_rows: int | None) -> None:
+        from tqdm import tqdm
+
+        # Rows end in bursts, a block at a time: only the average over the whole run says anything.
+        self._bar = tqdm(
+            total=num_rows, unit="row", file=sys.stderr, dynamic_ncols=True, smoothing=0
+        )
+        self._started_s = time.monotonic()
+        self._num_tokens = 0
+        self._num_failed = 0
+
+    def answered(self, num_tokens: int) -> None:
+        """Advance, and bring the rate up to date."""
+        self._num_tokens += num_tokens
+        self._advance()
+
+    def failed(self) -> None:
+        """Advance, and say how many failed."""
+        self._num_failed += 1
+        self._advance()
+
+    def skipped(self) -> None:
+        """Advance without counting the row as work of this run."""
+        self._bar.initial += 1
+        self._bar.update()
+
+    def tick(self) -> None:
+        """Let the clock go on."""
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+    def _advance(self) -> None:
+        elapsed_s = max(time.monotonic() - self._started_s, 1e-9)
+        failed = f", {self._num_failed} failed" if self._num_failed else ""
+        self._bar.set_postfix_str(f"{self._num_tokens / elapsed_s:.1f} tok/s{failed}", False)
+        self._bar.update()
+
+
+class ProgressLines:
+    """A line every ten seconds."""
+
+    def __init__(
+        self, num_rows: int | None, stream: TextIO, clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._num_rows = num_rows
+        self._stream = stream
+        self._clock_s = clock_s
+        self._started_s = clock_s()
+        self._next_line_s = self._started_s + LINE_EVERY_S
+        self._num_tokens = self._num_answered = self._num_failed = self._num_skipped = 0
+
+    def answered(self, num_tokens: int) -> None:
+        """Count the row."""
+        self._num_tokens += num_tokens
+        self._num_answered += 1
+
+    def failed(self) -> None:
+        """Count the row."""
+        self._num_failed += 1
+
+    def skipped(self) -> None:
+        """Count the row."""
+        self._num_skipped += 1
+
+    def close(self) -> None:
+        """Nothing more to say: the job's summary follows."""
+
+    def tick(self) -> None:
+        """Print a line if it is time for one."""
+        now_s = self._clock_s()
+        if now_s < self._next_line_s:
+            return
+        self._next_line_s = now_s + LINE_EVERY_S
+        elapsed_s = now_s - self._started_s
+        num_now = self._num_answered + self._num_failed
+        num_done = num_now + self._num_skipped
+        parts = [f"{num_done} of {self._num_rows} rows" if self._num_rows else f"{num_done} rows"]
+        if self._num_failed:
+            parts.append(f"{self._num_failed} failed")
+        parts.append(f"{self._num_tokens / elapsed_s:.1f} tok/s")
+        if self._num_rows and num_now:
+            left_s = max(0, self._num_rows - num_done) * elapsed_s / num_now
+            parts.append(f"about {format_seconds(left_s)} left")
+        print(f"flexport: {', '.join(parts)}", file=self._stream, flush=True)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import io
+
+from flexport.cli.progress import ProgressLines
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_line_comes_every_ten_seconds_with_rate_and_time_left() -> None:
+    clock, stream = Clock(), io.StringIO()
+    progress = ProgressLines(100, stream, clock)
+
+    for _ in range(30):
+        clock.now_s += 1
+        progress.answered(5)
+        progress.tick()
+
+    assert stream.getvalue().splitlines() == [
+        "flexport: 10 of 100 rows, 5.0 tok/s, about 1 min 30 s left",
+        "flexport: 20 of 100 rows, 5.0 tok/s, about 1 min 20 s left",
+        "flexport: 30 of 100 rows, 5.0 tok/s, about 1 min 10 s left",
+    ]
+
+
+def test_rows_done_by_an_earlier_run_do_not_make_this_one_look_fast() -> None:
+    clock, stream = Clock(), io.StringIO()
+    progress = ProgressLines(100, stream, clock)
+
+    for _ in range(50):
+        progress.skipped()
+    clock.now_s += 10
+    progress.answered(20)
+    progress.tick()
+
+    assert stream.getvalue() == "flexport: 51 of 100 rows, 2.0 tok/s, about 8 min 10 s left\n"
+
+
+def test_where_the_end_is_unknown_no_time_left_is_claimed() -> None:
+    clock, stream = Clock(), io.StringIO()
+    progress = ProgressLines(None, stream, clock)
+
+    clock.now_s += 10
+    progress.failed()
+    progress.tick()
+
+    assert stream.getvalue() == "flexport: 1 rows, 1 failed, 0.0 tok/s\n"
