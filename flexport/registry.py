@@ -127,10 +127,11 @@ def _origin(entry: EntryPoint) -> tuple[str, str]:
 
 def _load(entry: EntryPoint) -> tuple[BackendPlugin | None, str | None]:
     """The plug-in that an entry point names, and why it can't be used here (None if it can)."""
-    # A plug-in is a stranger's code: SystemExit at import must not end a listing either.
+    # A plug-in is a stranger's code, and whatever it raises, SystemExit included, must not end the
+    # listing of the others.
     try:
         plugin = entry.load()
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         return None, f"loading {entry.value} failed: {_text(error)}"
     if not isinstance(plugin, BackendPlugin):
         return None, f"{entry.value} is a {type(plugin).__name__}, not a BackendPlugin"
@@ -141,7 +142,7 @@ def _load(entry: EntryPoint) -> tuple[BackendPlugin | None, str | None]:
         )
     try:
         reason = plugin.probe()
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         return plugin, f"its probe failed: {_text(error)}"
     if reason is not None and not isinstance(reason, str):
         return plugin, f"its probe answered {reason!r}, not None or a reason"

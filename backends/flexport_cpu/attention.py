@@ -38,8 +38,12 @@ TILE_QUERIES = 64
 """Queries of a tile: fewer waste the matrix units, more waste work above the causal diagonal."""
 
 GATHER_QUERIES = 16
-"""From so many queries a row on, its pages are copied side by side first: a product over many
-columns is about twice as fast as many products over a page, which pays for the copy."""
+"""From so many queries a row on, keys and values are copied side by side first: a product over
+many contiguous columns is about twice as fast as many products over pages, or over strided
+columns, which pays for the copy."""
+
+GATHER_BYTES = 4 << 20
+"""Keys gathered at once, and as much of the values; more rows than one only within this."""
 
 
 def attention(
@@ -56,28 +60,43 @@ def attention(
     split = (num_kv_heads, num_heads // num_kv_heads)
     out_NKQLE = out_NHLE.unflatten(1, split)
     q_NKQLE = q_NHLE.unflatten(1, split)
-    if num_queries < GATHER_QUERIES or len(keys_NKGE) == 1:
+    side_by_side = len(keys_NKGE) == 1 and all(
+        page.is_contiguous() for page in (*keys_NKGE, *values_NKGE)
+    )
+    if num_queries < GATHER_QUERIES or side_by_side:
         _attend(q_NKQLE, keys_NKGE, values_NKGE, spec, out_NKQLE)
         return out_NHLE
 
-    for n in range(num_rows):
-        row = slice(n, n + 1)
-        start = spec.starts[n] if spec.starts else 0
-        keys_1KME = _gather("row keys", keys_NKGE, row, slice(start, spec.length))
-        values_1KME = _gather("row values", values_NKGE, row, slice(start, spec.length))
-        row_spec = replace(spec, length=spec.length - start, starts=None)
-        _attend(q_NKQLE[row], [keys_1KME], [values_1KME], row_spec, out_NKQLE[row])
+    row_bytes = num_kv_heads * spec.length * head_dim * q_NHLE.element_size()
+    for rows in _parts(num_rows, max(1, GATHER_BYTES // row_bytes)):
+        starts = spec.starts[rows] if spec.starts is not None else (0,)
+        columns = slice(min(starts), spec.length)
+        part_spec = replace(
+            spec,
+            length=columns.stop - columns.start,
+            starts=tuple(start - columns.start for start in starts) if spec.starts else None,
+        )
+        keys_nKME = _gather("gathered keys", keys_NKGE, rows, columns)
+        values_nKME = _gather("gathered values", values_NKGE, rows, columns)
+        _attend(q_NKQLE[rows], [keys_nKME], [values_nKME], part_spec, out_NKQLE[rows])
     return out_NHLE
 
 
-def _gather(purpose: str, pages_NKGE: Sequence[Tensor], row: slice, columns: slice) -> Tensor:
-    """One row's columns, side by side in a buffer of this thread."""
+def _parts(total: int, size: int) -> Iterator[slice]:
+    """0 .. total in slices of `size`, the last one shorter."""
+    for first in range(0, total, size):
+        yield slice(first, min(total, first + size))
+
+
+def _gather(purpose: str, pages_NKGE: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+    """The columns of some rows, side by side in a buffer of this thread."""
     _, num_kv_heads, _, head_dim = pages_NKGE[0].shape
-    shape = (1, num_kv_heads, columns.stop - columns.start, head_dim)
-    gathered_1KME = scratch(purpose, shape, pages_NKGE[0].dtype)
+    num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
+    shape = (num_rows, num_kv_heads, num_columns, head_dim)
+    gathered_nKME = scratch(purpose, shape, pages_NKGE[0].dtype)
     for page, where, seen in _seen(pages_NKGE, columns):
-        gathered_1KME[:, :, where].copy_(page[row, :, seen])
-    return gathered_1KME
+        gathered_nKME[:, :, where].copy_(page[rows, :, seen])
+    return gathered_nKME
 
 
 def _attend(
@@ -111,24 +130,15 @@ def _tiles(
     Heads are divided only in tiles of a single row, so that a tile of a page is contiguous.
     """
     past = spec.length - num_queries
-    for first in range(0, num_queries, TILE_QUERIES):
-        end = min(num_queries, first + TILE_QUERIES)
-        last_column = past + end if spec.causal else spec.length
-        first_column = 0 if spec.window is None else max(0, past + first + 1 - spec.window)
-        head_bytes = group * (end - first) * (last_column - first_column) * 4
+    for queries in _parts(num_queries, TILE_QUERIES):
+        stop = past + queries.stop if spec.causal else spec.length
+        start = 0 if spec.window is None else max(0, past + queries.start + 1 - spec.window)
+        head_bytes = group * (queries.stop - queries.start) * (stop - start) * 4
+        heads_at_once = max(1, min(num_kv_heads, TILE_BYTES // head_bytes))
         rows_at_once = max(1, TILE_BYTES // (head_bytes * num_kv_heads))
-        heads_at_once = num_kv_heads
-        if head_bytes * num_kv_heads > TILE_BYTES:
-            heads_at_once = max(1, TILE_BYTES // head_bytes)
-        for row in range(0, num_rows, rows_at_once):
-            rows = slice(row, min(num_rows, row + rows_at_once))
-            for head in range(0, num_kv_heads, heads_at_once):
-                yield _Tile(
-                    rows=rows,
-                    heads=slice(head, min(num_kv_heads, head + heads_at_once)),
-                    queries=slice(first, end),
-                    columns=slice(first_column, last_column),
-                )
+        for rows in _parts(num_rows, rows_at_once):
+            for heads in _parts(num_kv_heads, heads_at_once):
+                yield _Tile(rows=rows, heads=heads, queries=queries, columns=slice(start, stop))
 
 
 def _attend_tile(
@@ -201,7 +211,9 @@ def _keys(keys_BGE: Tensor, seen: slice) -> tuple[Tensor, slice]:
     """
     if 2 * (seen.stop - seen.start) >= keys_BGE.shape[1]:
         return keys_BGE, seen
-    return keys_BGE[:, seen].contiguous(), slice(0, seen.stop - seen.start)
+    seen_BWE = keys_BGE[:, seen]
+    copied_BWE = scratch("keys", seen_BWE.shape, keys_BGE.dtype).copy_(seen_BWE)
+    return copied_BWE, slice(0, seen_BWE.shape[1])
 
 
 def _shape_scores(
@@ -253,18 +265,14 @@ def _check(
 ) -> None:
     """Refuse what would silently compute something else."""
     num_rows, num_heads, num_queries, _ = q_NHLE.shape
-    held = sum(page.shape[2] for page in keys_NKGE)
-    num_kv_heads = keys_NKGE[0].shape[1] if keys_NKGE else 0
-    checks = (
-        (len(keys_NKGE) == len(values_NKGE) > 0, f"{len(keys_NKGE)} key pages for "
-         f"{len(values_NKGE)} value pages"),
-        (held >= spec.length, f"the pages hold {held} columns, spec.length is {spec.length}"),
-        (num_queries <= spec.length, f"{num_queries} queries a row, but only {spec.length} columns"),
-        (num_kv_heads > 0 and num_heads % num_kv_heads == 0, f"{num_heads} query heads can't share "
-         f"{num_kv_heads} key/value heads"),
-        (spec.starts is None or len(spec.starts) == num_rows, f"{num_rows} rows, but starts is "
-         f"{spec.starts}"),
-    )  # fmt: skip
-    for holds, found in checks:
-        if not holds:
-            raise ValueError(f"attention: {found}")
+    if not len(keys_NKGE) == len(values_NKGE) > 0:
+        raise ValueError(f"{len(keys_NKGE)} pages of keys, {len(values_NKGE)} of values")
+    held, num_kv_heads = sum(page.shape[2] for page in keys_NKGE), keys_NKGE[0].shape[1]
+    if not num_queries <= spec.length <= held:
+        raise ValueError(
+            f"{num_queries} queries a row and pages of {held} columns, but length {spec.length}"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads can't share {num_kv_heads} key/value heads")
+    if spec.starts is not None and len(spec.starts) != num_rows:
+        raise ValueError(f"{num_rows} rows, but {len(spec.starts)} starts")

@@ -66,8 +66,10 @@ class CpuBackend:
                     f"a copy needs one shape and dtype: source has {tuple(src.shape)} "
                     f"{src.dtype}, destination {tuple(dst.shape)} {dst.dtype}"
                 )
-            dst.copy_(src)
-        except Exception as error:
+            # A tensor made in inference mode can be written to only in it.
+            with torch.inference_mode():
+                dst.copy_(src)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the ticket hands it on
             with self._lock:
                 self._failed.append(error)
             return _Done(error)

@@ -6,10 +6,11 @@ allows, whichever is less.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from flexport.errors import OutOfMemory
 
-__all__ = ["allocate", "usable_bytes"]
+__all__ = ["allocate", "cgroup_free_bytes", "usable_bytes"]
 
 MARGIN_SHARE = 0.1
 """Left free for what no budget counts: the allocator's slack, the file system, other programs."""
@@ -29,12 +30,13 @@ HUGE_PAGE_BYTES = 2 << 20
 HUGE_FROM_BYTES = 2 * HUGE_PAGE_BYTES
 """Smaller tensors go to torch's allocator, which reuses freed memory without page faults."""
 
-_CGROUP = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_bytes() -> int:
     """Bytes that a run may use when the user sets no cap: what is free now, less a margin."""
-    free_bytes = min([psutil.virtual_memory().available, *_cgroup_free_bytes()])
+    free_bytes = min([psutil.virtual_memory().available, *cgroup_free_bytes()])
     return max(0, int(free_bytes * (1 - MARGIN_SHARE)))
 
 
@@ -62,44 +64,41 @@ def _huge(num_bytes: int) -> Tensor:
     # mmap aligns to small pages only, so one huge page more is mapped (never touched).
     # Private, because shared anonymous memory gets huge pages only by another system setting.
     mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel built without them: small pages are slower, not wrong
+    # A kernel built without huge pages says no: small ones are slower, not wrong.
+    with contextlib.suppress(AttributeError, OSError):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
     bytes_B = torch.frombuffer(mapped, dtype=torch.uint8)
     skip = -bytes_B.data_ptr() % HUGE_PAGE_BYTES
     return bytes_B[skip : skip + num_bytes]
 
 
-def _cgroup_free_bytes() -> Iterator[int]:
-    """What each limited memory cgroup above this process still allows; page cache counts as free.
+def cgroup_free_bytes(membership: Path = _MEMBERSHIP, cgroups: Path = _CGROUPS) -> list[int]:
+    """What each limited memory cgroup of this process still allows; page cache counts as free.
 
-    A cgroup that does not show its files (as in a container without them) is passed over.
+    `membership` and `cgroups` are where Linux shows them. A cgroup whose files can't be seen, as
+    in some containers, is passed over.
     """
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return
+        return []
+    found: list[int] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, limit, used = _CGROUP, "memory.max", "memory.current"
+            root, limit, used = cgroups, "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
-            root, limit, used = (
-                _CGROUP / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-            )
+            root = cgroups / "memory"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
         group = root / path.strip("/")
-        for directory in (group, *group.parents):
-            if directory == root.parent:
-                break
+        above = [group, *group.parents]
+        for directory in above[: above.index(root) + 1]:
             free_bytes = _free_in(directory, limit, used)
             if free_bytes is not None:
-                yield free_bytes
+                found.append(free_bytes)
+    return found
 
 
 def _free_in(directory: Path, limit: str, used: str) -> int | None:

@@ -1,0 +1,1 @@
+"""Measuring: generation throughput, the machine's ceilings, and flexport beside its peers."""

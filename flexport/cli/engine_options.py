@@ -1,24 +1,21 @@
-"""The options that every command with a model shares, and the engine that they ask for.
+"""The options that every command with a model shares, and what they ask of the engine.
 
 Options have the names of `flexport.LLM`'s arguments. One that is not given is not passed on, so
 defaults are stated once, there. What can be checked without torch (sizes, the policy file,
-options that contradict each other) is checked here, before anything is imported or loaded.
+options that contradict each other) is checked here, before anything heavy is imported.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flexport.errors import UsageError
 from flexport.policy import Policy
 from flexport.units import parse_bytes
 
-if TYPE_CHECKING:
-    from flexport.engine.llm import LLM
-
-__all__ = ["add_engine_arguments", "engine_settings", "open_engine"]
+__all__ = ["add_engine_arguments", "engine_settings"]
 
 _SHARES = ("WD", "WH", "KD", "KH", "AD", "AH")
 
@@ -155,16 +152,6 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
             "one of them out"
         )
     return {**settings, "policy": Policy.from_file(args.policy)}
-
-
-def open_engine(args: argparse.Namespace) -> LLM:
-    """The engine that the options ask for. The caller closes it."""
-    settings = engine_settings(args)
-
-    # Torch comes in here: after everything that can be refused without it.
-    from flexport.engine.llm import LLM
-
-    return LLM(**settings)
 
 
 def _size(text: str) -> int:

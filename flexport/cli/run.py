@@ -129,14 +129,14 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the job; returns the exit code."""
-    job = _Job(args)
-    try:
-        with ExitStack() as stack:
-            sink, finished = job.open_sink(stack)
-            summary = job.run_on(stack, sink, finished)
-    except KeyboardInterrupt:
-        _talk(f"interrupted; {job.how_to_resume()}")
-        return _INTERRUPTED
+    with ExitStack() as stack:
+        job = _Job(args, stack)
+        sink, finished = job.open_sink(stack)
+        try:
+            summary = job.run_on(sink, finished)
+        except KeyboardInterrupt:
+            _talk(f"interrupted; {job.how_to_resume()}")
+            return _INTERRUPTED
     return 0 if summary.complete else 1
 
 
@@ -152,8 +152,8 @@ def open_llm(args: argparse.Namespace) -> LLM:
 class _Job:
     """One command line, checked: where rows come from and where they go."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        """Raises UsageError for what can be known to be wrong before anything is opened."""
+    def __init__(self, args: argparse.Namespace, stack: ExitStack) -> None:
+        """Opens the input, on `stack`. Raises UsageError for what can be known to be wrong."""
         from flexport import demo
 
         self._args = args
@@ -170,22 +170,7 @@ class _Job:
         if (args.resume or args.overwrite) and self._output is None:
             raise UsageError("--resume and --overwrite need --output FILE: stdout keeps no rows")
         self._defaults = self._sampling()
-        if not self._reads_file:
-            return
-        if not self._input.is_file():
-            raise UsageError(
-                f"no input file {self._input}; --input takes a JSONL file, or - for stdin"
-            )
-        if (
-            self._output is not None
-            and self._output.exists()
-            and self._output.samefile(self._input)
-        ):
-            raise UsageError(f"input and output are the same file {self._output}")
-
-    @property
-    def _reads_file(self) -> bool:
-        return self._args.prompt is None and str(self._input) != _STANDARD
+        self._rows = self._open_rows(stack)
 
     def open_sink(self, stack: ExitStack) -> tuple[Sink, Finished]:
         """Where rows go, and which are there already."""
@@ -204,9 +189,15 @@ class _Job:
         sink = stack.enter_context(how(self._output))
         return sink, sink.finished
 
-    def run_on(self, stack: ExitStack, sink: Sink, finished: Finished) -> JobSummary:
+    def run_on(self, sink: Sink, finished: Finished) -> JobSummary:
         """Open the engine, run the job and tell how it went."""
-        llm = stack.enter_context(open_llm(self._args))
+        with open_llm(self._args) as llm:
+            summary = self._run(llm, sink, finished)
+        if self._is_demo and self._args.output != _STANDARD:
+            print(outcome(self._answers()), file=sys.stderr)
+        return summary
+
+    def _run(self, llm: LLM, sink: Sink, finished: Finished) -> JobSummary:
         encoder = Encoder(
             llm.tokenizer,
             self._defaults,
@@ -214,11 +205,10 @@ class _Job:
             vocab_size=llm.vocab_size,
             fallback_max_tokens=_MAX_TOKENS if self._args.max_tokens is None else None,
         )
-        rows = self._rows(stack)
         with show_progress(self._num_rows()) as progress:
             summary = run_job(
                 llm.engine,
-                rows,
+                self._rows,
                 sink,
                 encoder=encoder,
                 model=llm.model_name,
@@ -228,8 +218,6 @@ class _Job:
         _talk(_told(summary, llm.report))
         if self._args.report is not None:
             _write_report(Path(self._args.report), llm.report, summary)
-        if self._is_demo and self._args.output != _STANDARD:
-            print(outcome(self._answers()), file=sys.stderr)
         return summary
 
     def how_to_resume(self) -> str:
@@ -258,21 +246,31 @@ class _Job:
         except ValueError as error:
             raise UsageError(f"sampling options: {error}") from error
 
-    def _rows(self, stack: ExitStack) -> Iterator[Row | BadRow]:
+    def _open_rows(self, stack: ExitStack) -> Iterator[Row | BadRow]:
         if self._args.prompt is not None:
             lines = b"".join(
                 json.dumps({"prompt": prompt}).encode() + b"\n" for prompt in self._args.prompt
             )
             return read_rows(io.BytesIO(lines))
-        if not self._reads_file:
+        if str(self._input) == _STANDARD:
             return read_rows(sys.stdin.buffer)
-        return read_rows(stack.enter_context(self._input.open("rb")))
+        try:
+            stream = stack.enter_context(self._input.open("rb"))
+        except OSError as error:
+            raise UsageError(
+                f"can't read {self._input}: {error.strerror}; --input takes a JSONL file, or - for "
+                "stdin"
+            ) from error
+        output = self._output
+        if output is not None and output.exists() and output.samefile(self._input):
+            raise UsageError(f"input and output are the same file {output}")
+        return read_rows(stream)
 
     def _num_rows(self) -> int | None:
-        """Rows to come, blank lines included; None where only the end of stdin will tell."""
+        """Rows to come, blank lines included; None where only the end of a pipe will tell."""
         if self._args.prompt is not None:
             return len(self._args.prompt)
-        return _count_lines(self._input) if self._reads_file else None
+        return _count_lines(self._input) if self._input.is_file() else None
 
     def _answers(self) -> list[bytes]:
         if self._output is None:

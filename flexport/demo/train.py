@@ -90,6 +90,24 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, model_dir: Path) -> None:
+    """Write the tokenizer's files so that every transformers from 4.53 on loads them."""
+    tokenizer.save_pretrained(model_dir)
+    # From version 5 on transformers writes a class name that older ones lack, and leaves out the
+    # map of special tokens; new ones read the old forms too.
+    settings_path = model_dir / "tokenizer_config.json"
+    settings = json.loads(settings_path.read_text(encoding="utf-8"))
+    settings.pop("backend", None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(settings_path, settings)
+    _write_json(model_dir / "special_tokens_map.json", dict(tokenizer.special_tokens_map))
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
 def build_model(recipe: Recipe) -> OPTForCausalLM:
     """An untrained OPT in float32."""
     config = OPTConfig(
@@ -317,7 +335,10 @@ def main() -> None:
         bos_token_id=EOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID
     )
     narrow.save_pretrained(model_dir)
-    tokenizer.save_pretrained(model_dir)
+    # Weights are written readable by their owner only, which an installed package must not be.
+    for path in model_dir.glob("*.safetensors"):
+        path.chmod(0o644)
+    save_tokenizer(tokenizer, model_dir)
     write_job(arguments.out_dir)
     print(f"trained and written in {time.monotonic() - start_s:.0f} s", flush=True)
 

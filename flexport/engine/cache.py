@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from flexport.backend import AttentionSpec, Backend, Ticket
+from flexport.errors import OutOfMemory
 from flexport.models.decoder import Attend
 from flexport.models.spec import ModelSpec
 from flexport.policy import Tier
 from flexport.schedule.order import Piece
 from flexport.store.place import Dealer
-from flexport.store.pool import Pool, Promise
+from flexport.store.pool import Promise
 from flexport.store.store import Kept, Lease, Store
 from flexport.torch_ops import as_tensor
 
@@ -82,6 +83,8 @@ class _Band:
     pages: list[Kept] = field(default_factory=list)
     length: int = 0
     """Columns filled so far."""
+    promised_bytes: int = 0
+    """Memory that is set aside for pages to come."""
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +116,8 @@ class BatchCache:
         """`lengths` are the rows' prompt lengths, `bands` the row ranges prefilled together.
 
         The dealer says which rows of a band are at home on which tier, layer by layer. Memory for
-        max_columns columns is set aside at once; raises OutOfMemory if there is not enough.
+        max_columns columns is set aside at once; raises OutOfMemory if there is not enough, and
+        then nothing is.
         """
         self._shape = shape
         self._store = store
@@ -123,23 +127,36 @@ class BatchCache:
         self._bands: list[list[list[_Band]]] = [
             [self._cut(begin, end, dealer) for begin, end in bands] for _ in range(shape.num_layers)
         ]
+        self._max_columns = max_columns
+        self._promises = {pool: Promise(pool, 0) for pool in (store.device, store.host)}
+        try:
+            for band in (band for layer in self._bands for group in layer for band in group):
+                self._promise(band)
+        except OutOfMemory:
+            self._close_promises()
+            raise
 
-        self._promises = {
-            pool: Promise(pool, num_bytes)
-            for pool, num_bytes in self._memory_bytes(max_columns).items()
-        }
+    def _promise(self, band: _Band) -> None:
+        """Set aside what the band's pages to come will take of memory, no more and no less."""
+        num_pages = self._shape.num_pages(max(0, self._max_columns - band.base)) - len(band.pages)
+        if not band.rows:
+            num_pages = 0
+        elif band.home is Tier.DISK:
+            # Pages pass through memory one by one; the newest may be there already.
+            is_open = bool(band.pages) and band.pages[-1].home is not Tier.DISK
+            num_pages = min(num_pages, 0 if is_open else 1)
+        pool = self._store.pool(band.home)
+        wanted_bytes = num_pages * pool.rounded(self._shape.page_bytes(len(band.rows)))
+        if wanted_bytes > band.promised_bytes:
+            more_bytes = wanted_bytes - band.promised_bytes
+            self._promises[pool].add(more_bytes, self._store.wait_for_a_write)
+        else:
+            self._promises[pool].draw(band.promised_bytes - wanted_bytes)
+        band.promised_bytes = wanted_bytes
 
-    def _memory_bytes(self, max_columns: int) -> dict[Pool, int]:
-        """What the cache will take of each memory pool at most, newest pages included."""
-        needs: dict[Pool, int] = {}
-        for band in (band for layer in self._bands for group in layer for band in group):
-            pool = self._store.pool(band.home)
-            num_pages = self._shape.num_pages(max(0, max_columns - band.base))
-            if band.home is Tier.DISK:
-                num_pages = min(num_pages, 1)
-            grain_bytes = pool.rounded(self._shape.page_bytes(len(band.rows)))
-            needs[pool] = needs.get(pool, 0) + num_pages * grain_bytes
-        return needs
+    def _close_promises(self) -> None:
+        for promise in self._promises.values():
+            promise.close()
 
     def _cut(self, begin: int, end: int, dealer: Dealer) -> list[_Band]:
         base = self._columns - max(self._lengths[begin:end])
@@ -196,7 +213,7 @@ class BatchCache:
         for of_band in held:
             band = of_band.band
             num_live = sum(row in alive for row in band.rows)
-            if num_live and 2 * num_live < len(band.rows):
+            if num_live and self._should_shrink(band, num_live):
                 self._shrink(of_band, alive)
                 continue
             for number, lease in enumerate(of_band.leases):
@@ -219,8 +236,7 @@ class BatchCache:
             for group in layer:
                 for band in group:
                     self._drop_band(band)
-        for promise in self._promises.values():
-            promise.close()
+        self._close_promises()
 
     # ---- prefill
 
@@ -374,11 +390,14 @@ class BatchCache:
         num_bytes = self._shape.page_bytes(len(band.rows))
         if band.home is not Tier.DISK or not complete:
             pool = self._store.pool(band.home)
-            self._promises[pool].draw(pool.rounded(num_bytes))
+            drawn_bytes = min(pool.rounded(num_bytes), band.promised_bytes)
+            band.promised_bytes -= drawn_bytes
+            self._promises[pool].draw(drawn_bytes)
         band.pages.append(keep("cache", num_bytes, band.home))
         lease = self._store.draft(band.pages[-1])
-        # Columns before a row's start are masked, but 0 times what lies there must be 0.
-        lease.bytes_B.zero_()
+        if any(self._start(row) > band.base for row in band.rows):
+            # Columns before a row's start are masked, but 0 times what lies there must be 0.
+            lease.bytes_B.zero_()
         held.leases.append(lease)
 
     def _return(self, band: _Band, number: int, lease: Lease) -> None:
@@ -388,6 +407,14 @@ class BatchCache:
         complete = (number + 1) * self._shape.page_tokens <= band.length
         if complete and kept.home is not band.home:
             self._store.settle(kept)
+            self._promise(band)
+
+    def _should_shrink(self, band: _Band, num_live: int) -> bool:
+        """Whether rewriting the pages pays, and there is room to do it page by page."""
+        page_bytes = self._shape.page_bytes(num_live)
+        return 2 * num_live < len(band.rows) and all(
+            self._store.has_room(page_bytes, kept.home) for kept in band.pages
+        )
 
     def _shrink(self, held: _Held, alive: set[int]) -> None:
         """Rewrite a band's pages without the rows that have ended."""
@@ -404,11 +431,13 @@ class BatchCache:
             lease.release()
             self._store.drop(band.pages[number])
         band.rows, band.pages = rows, smaller.band.pages
+        self._promise(band)
 
     def _drop_band(self, band: _Band) -> None:
         for page in band.pages:
             self._store.drop(page)
-        band.pages = []
+        band.rows, band.pages = [], []
+        self._promise(band)
 
 
 def _rows_first(x_THE: Tensor, num_rows: int) -> Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from flexport.backend import Backend
 from flexport.engine.cache import BatchCache, CacheShape
 from flexport.engine.clock import Clock
 from flexport.engine.generation import Generation
@@ -31,7 +32,7 @@ from flexport.engine.work import JobWork, Purpose
 from flexport.errors import DoesNotFit, OutOfMemory, UsageError
 from flexport.intake.pack import pack
 from flexport.planner.auto import Choice, check, choose
-from flexport.planner.footprint import JobSizes, footprint
+from flexport.planner.footprint import JobSizes, footprint, page_tokens_for
 from flexport.policy import Budgets, Policy
 from flexport.records import Completion, Request
 from flexport.registry import open_backend
@@ -47,9 +48,6 @@ __all__ = ["Engine"]
 PEEK_ROWS = 512
 """Rows that are looked at before the policy is made; a longer job is taken to be like them."""
 
-SPILL_PAGE_TOKENS = 16
-"""Columns of a page when some rows' cache is on disk: their newest page waits in memory."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -62,7 +60,7 @@ class Engine:
         model: str | None = None,
         revision: str | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
-        backend: str = "auto",
+        backend: str | Backend = "auto",
         dtype: str = "auto",
         policy: Policy | None = None,
         choice: Choice | None = None,
@@ -71,13 +69,18 @@ class Engine:
         seed: int = 0,
         on_plan: Callable[[Plan], None] | None = None,
     ) -> None:
-        """`policy` is obeyed as it is; without it one is made that keeps to `choice`.
+        """`backend` is a registered name, or one that is open and stays the caller's to close.
+
+        `policy` is obeyed as it is; without it one is made that keeps to `choice`.
 
         `budgets` are caps in bytes for device, host and disk; None takes what is free.
         `on_plan` is called with each plan before anything of it is done.
         """
         self._source = open_source(model, revision, load_format)
-        self.backend_name, self.backend = open_backend(backend)
+        self._owns_backend = isinstance(backend, str)
+        self.backend_name, self.backend = (
+            open_backend(backend) if isinstance(backend, str) else (backend.capabilities.name, backend)
+        )
         self.spec = self._source.spec
         self.dtype, self._dtype_reason = dtype_for(
             dtype, self.backend.capabilities, self._source.file_dtype
@@ -149,7 +152,8 @@ class Engine:
         if self._store is not None:
             self._store.close()
             self._store = self._weights = None
-        self.backend.close()
+        if self._owns_backend:
+            self.backend.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -176,7 +180,7 @@ class Engine:
             self.plan.policy.activations,
             purpose,
             clock,
-            self.plan.needs.headroom_bytes,
+            self.plan.needs,
         )
         admission = _Admission(self.plan, self.spec_shape(), self._store, work, batches)
         rota = Rota(
@@ -227,7 +231,7 @@ class Engine:
         file_item_bytes = torch_dtype(self._source.file_dtype or self.dtype).itemsize
         sizes = model_sizes(self.spec, file_item_bytes, item_bytes)
         capabilities = self.backend.capabilities
-        page_tokens = capabilities.page_tokens
+        preferred = capabilities.page_tokens
         choice = self._choice
         if self.plan is not None:  # what is loaded stays where it is
             choice = replace(choice, weights=self.plan.policy.weights)
@@ -235,13 +239,11 @@ class Engine:
             sizes,
             job,
             self.budgets,
-            page_tokens=page_tokens,
+            page_tokens=preferred,
             unified=capabilities.unified,
             fixed=choice,
         )
-        if policy.cache.disk:
-            page_tokens = min(page_tokens, SPILL_PAGE_TOKENS)
-        needs = footprint(sizes, job, policy, page_tokens, capabilities.unified)
+        needs = footprint(sizes, job, policy, preferred, capabilities.unified)
         check(needs, policy, self.budgets)
         return Plan(
             model=self.model_name,
@@ -252,7 +254,7 @@ class Engine:
             job=job,
             needs=needs,
             budgets=self.budgets,
-            page_tokens=page_tokens,
+            page_tokens=page_tokens_for(policy, preferred),
             stream_bytes=round(policy.weights.disk * sizes.stream_bytes),
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from flexport.policy import Split, Tier
 from flexport.schedule.order import Piece
 from flexport.store.place import Dealer
+from flexport.store.pool import Pool
 from flexport.store.store import Kept, Lease, Store
 from flexport.torch_ops import as_tensor
 
@@ -47,6 +48,18 @@ class HiddenStates:
         self._dealer = Dealer(split)
         self._near = {Tier.DEVICE, Tier.HOST} if store.unified else {Tier.DEVICE}
         self._states: dict[Piece, _States] = {}
+
+    @property
+    def used_bytes(self) -> tuple[int, int]:
+        """Device and host bytes in which states lie now."""
+        near_bytes = sum(states.near_bytes for states in self._states.values())
+        host_bytes = sum(
+            Pool.rounded(away.kept.num_bytes)
+            for states in self._states.values()
+            for away in states.away
+            if away.kept.home is Tier.HOST
+        )
+        return near_bytes, host_bytes
 
     def put(self, piece: Piece, x_TD: Tensor) -> None:
         """Keep a piece's states until its next layer; takes x_TD over."""
@@ -99,6 +112,11 @@ class HiddenStates:
             self._store.device.unreserve(states.near_bytes)
             for away in states.away:
                 self._let_go(away)
+
+    def close(self) -> None:
+        """Forget all states."""
+        for piece in list(self._states):
+            self.drop(piece)
 
     def _send(self, x_TD: Tensor, tier: Tier) -> _Away:
         kept = self._store.keep("activations", x_TD.numel() * x_TD.dtype.itemsize, tier)

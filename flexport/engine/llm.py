@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from flexport.backend import Backend
 from flexport.engine.engine import Engine
 from flexport.engine.plan import Plan
 from flexport.engine.scoring import Score
@@ -35,7 +36,7 @@ class LLM:
         *,
         revision: str | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
-        backend: str = "auto",
+        backend: str | Backend = "auto",
         dtype: str = "auto",
         policy: Literal["auto"] | Policy | str | Path = "auto",
         percent: Sequence[float] | None = None,
@@ -51,6 +52,8 @@ class LLM:
         on_plan: Callable[[Plan], None] | None = None,
     ) -> None:
         """Sizes are bytes or text such as "14GiB"; without `model` it is the embedded demo.
+
+        `backend` is a registered name, or an open backend, which stays the caller's to close.
 
         `on_plan` is called with each plan before anything of it is done. Raises UsageError, or
         one of the errors below it, for what can't work.

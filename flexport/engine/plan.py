@@ -11,7 +11,7 @@ from flexport.models.spec import (
     kv_bytes_per_token,
     layer_tensors,
 )
-from flexport.planner.footprint import Footprint, JobSizes, ModelSizes
+from flexport.planner.footprint import CUT_ROWS, GRAIN_BYTES, Footprint, JobSizes, ModelSizes
 from flexport.policy import Budgets, Policy, Split, Tier
 from flexport.units import format_bytes
 
@@ -21,7 +21,7 @@ __all__ = ["Plan", "model_sizes"]
 def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> ModelSizes:
     """The planner's numbers of a model whose weights have so many bytes a value on disk."""
     layer_bytes = []
-    table_bytes = 0
+    table_bytes = slack_bytes = 0
     for layer in range(spec.num_schedule_layers):
         own = [
             tensor
@@ -31,12 +31,19 @@ def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> Model
         layer_bytes.append(sum(tensor.num_values for tensor in own) * file_item_bytes)
         tables = sum(tensor.num_values for tensor in own if tensor.kind == "table")
         table_bytes += tables * file_item_bytes
+        widest = max(tensor.num_values // tensor.shape[0] for tensor in own)
+        # Each part of a tensor may begin and end within a grain, and two cuts make two more parts.
+        slack_bytes = max(
+            slack_bytes,
+            2 * GRAIN_BYTES * (len(own) + 2) + CUT_ROWS * widest * max(item_bytes, file_item_bytes),
+        )
     heads_size = spec.num_heads * spec.head_dim
     kv_size = 2 * spec.num_kv_heads * spec.head_dim
     # The two peaks of a layer: attention (norm, q, k, v, output) and MLP (norm, up, down).
     wide = max(spec.hidden_size + 2 * heads_size + kv_size, spec.hidden_size + 2 * spec.mlp_size)
     return ModelSizes(
         layer_bytes=tuple(layer_bytes),
+        layer_slack_bytes=slack_bytes,
         table_bytes=table_bytes,
         decoded_ratio=item_bytes / file_item_bytes,
         cache_token_bytes=kv_bytes_per_token(spec, item_bytes) * spec.num_layers,

@@ -22,17 +22,19 @@ from torch import Tensor
 from flexport.backend import Backend, PacksWeights
 from flexport.engine.transfer import to_device
 from flexport.models.spec import ModelSpec, TensorSpec, layer_tensors
+from flexport.planner.footprint import layer_splits
 from flexport.policy import Split, Tier
 from flexport.records import FileTensor
 from flexport.store.place import Dealer
-from flexport.store.pool import Buffer
+from flexport.store.pool import Buffer, Pool
 from flexport.store.store import FileRun, Kept, Lease, Store
 from flexport.torch_ops import as_tensor, torch_dtype
 
 __all__ = ["LayerLease", "ModelWeights", "Shard", "place_weights", "tensor_names"]
 
-MERGE_BYTES = 64 << 10
-"""Ranges of a file closer than this are read as one: skipping costs a disk more than reading."""
+MERGE_BYTES = 8 << 10
+"""Ranges of a file closer than this are read as one. Reading them apart would take as much memory,
+each end being rounded to an aligned place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,18 +79,23 @@ def place_weights(
     spec: ModelSpec, files: Mapping[str, FileTensor], split: Split
 ) -> list[list[Shard]]:
     """The shards of each layer of the schedule, by the weight split."""
-    dealer = Dealer(split)
+    found_layers = [
+        [(tensor, next(files[name] for name in tensor.names if name in files)) for tensor in tensors]
+        for tensors in (tensor_names(spec, layer) for layer in range(spec.num_schedule_layers))
+    ]
+    sizes = [sum(file.num_bytes for _, file in found) for found in found_layers]
+    dealers: dict[Split, Dealer] = {}
     layers = []
-    for layer in range(spec.num_schedule_layers):
+    for found, own in zip(found_layers, layer_splits(sizes, split), strict=True):
+        dealer = dealers.setdefault(own, Dealer(own))
         # Vectors first: they are the last that should stream, being used by every visit.
-        tensors = sorted(tensor_names(spec, layer), key=lambda tensor: len(tensor.shape) > 1)
-        found = [next(files[name] for name in tensor.names if name in files) for tensor in tensors]
-        parts = dealer.cut([(f.shape[0], f.num_bytes // f.shape[0]) for f in found])
+        ordered = sorted(found, key=lambda pair: len(pair[0].shape) > 1)
+        parts = dealer.cut([(f.shape[0], f.num_bytes // f.shape[0]) for _, f in ordered])
         layers.append(
             [
                 Shard(
-                    tensor=tensors[part.index],
-                    file=found[part.index],
+                    tensor=ordered[part.index][0],
+                    file=ordered[part.index][1],
                     begin=part.begin,
                     end=part.end,
                     tier=part.tier,
@@ -266,7 +273,7 @@ class ModelWeights:
 def decoded_bytes(shards: Sequence[Shard], dtype: torch.dtype) -> int:
     """What copies of the shards in `dtype` take; nothing for those that have it in the file."""
     return sum(
-        math.prod(shard.shape) * dtype.itemsize
+        Pool.rounded(math.prod(shard.shape) * dtype.itemsize)
         for shard in shards
         if torch_dtype(shard.file.dtype) != dtype
     )

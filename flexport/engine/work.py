@@ -21,7 +21,7 @@ from flexport.engine.rows import Batch, Row
 from flexport.engine.transfer import to_device
 from flexport.engine.weights import LayerLease, ModelWeights
 from flexport.models.decoder import decoder_layer, embed, head
-from flexport.planner.footprint import HEAD_TOKENS
+from flexport.planner.footprint import HEAD_TOKENS, Footprint
 from flexport.policy import Split
 from flexport.schedule.order import Visit
 from flexport.store.store import Store
@@ -62,9 +62,9 @@ class JobWork:
         activations: Split,
         purpose: Purpose,
         clock: Clock,
-        headroom_bytes: tuple[int, int],
+        needs: Footprint,
     ) -> None:
-        """`headroom_bytes` on device and host are left free by what is fetched ahead."""
+        """What is fetched ahead leaves free what `needs` says the rest will take."""
         self.batches: dict[int, Batch] = {}
         self.ended: deque[Batch] = deque()
         """Batches whose last row has ended; whoever admits batches takes them from here."""
@@ -74,7 +74,8 @@ class JobWork:
         self._hidden = HiddenStates(store, activations)
         self._purpose = purpose
         self._clock = clock
-        self._headroom_bytes = headroom_bytes
+        self._behind_bytes = needs.headroom_bytes
+        self._states_bytes = needs.states_bytes
         self._layers: dict[tuple[int, int], LayerLease] = {}
         self._held: dict[Visit, HeldBands] = {}
         self._ahead: deque[Visit] = deque()
@@ -92,11 +93,13 @@ class JobWork:
             batch = self.batches[visit.piece.batch]
             pages = batch.cache.staging_bytes(visit.layer - 1, visit.piece)
             device_bytes, host_bytes = device_bytes + pages[0], host_bytes + pages[1]
-        room = self._headroom_bytes
+        if device_bytes + host_bytes == 0:
+            return True
+        room = self._headroom()
         return (
             device_bytes + room[0] <= self._store.device.free_bytes
             and host_bytes + room[1] <= self._store.host.free_bytes
-        ) or device_bytes + host_bytes == 0
+        )
 
     def fetch(self, visit: Visit) -> None:
         """Start what streams to the visit: its layer's weights if it is the first, its pages."""
@@ -149,6 +152,21 @@ class JobWork:
             self._retire(batch)
         self._clock.lap(decode=visit.piece.band is None)
 
+    def abandon(self) -> None:
+        """Give everything back in the middle of a job, which is not gone on with."""
+        for held in self._held.values():
+            for of_band in held:
+                for lease in of_band.leases:
+                    lease.release()
+        for layer in self._layers.values():
+            layer.release()
+        self._hidden.close()
+        for batch in self.batches.values():
+            batch.cache.drop()
+        self._held.clear()
+        self._layers.clear()
+        self.batches.clear()
+
     # ---- the three kinds of layers
 
     def _embed(self, batch: Batch, visit: Visit, layer: LayerLease) -> None:
@@ -182,6 +200,15 @@ class JobWork:
         batch = self.batches.get(visit.piece.batch)
         is_decoder_layer = 0 < visit.layer < self._spec.head_layer
         return is_decoder_layer and batch is not None and not batch.plan.ended
+
+    def _headroom(self) -> tuple[int, int]:
+        """What has to stay free: room for what computing leaves, and for states to come."""
+        used = self._hidden.used_bytes
+        behind, states = self._behind_bytes, self._states_bytes
+        return (
+            behind[0] + max(0, states[0] - used[0]),
+            behind[1] + max(0, states[1] - used[1]),
+        )
 
     def _is_awaited(self, batch: Batch) -> bool:
         return any(visit.piece.batch == batch.index for visit in self._ahead)

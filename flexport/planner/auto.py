@@ -23,6 +23,9 @@ BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BATCH_ROWS = 64
 """Rows of a micro-batch: matrix kernels are near their best from here on."""
 
+PACED_BATCHES = 8
+"""Batches of a block whose prompts are spread over the sweeps."""
+
 STEPS = 14
 """Halvings in a search for a share: exact to 1/16384, far below one row."""
 
@@ -76,9 +79,11 @@ def choose(
 
     best: tuple[float, Policy] | None = None
     for block in _blocks(model, job, fixed):
-        for cache_first in (True, False):
-            policy = _filled(block, fixed, cache_first, unified, fits)
-            if fits(policy):
+        for shape in _paces(block, job, fixed):
+            for cache_first in (True, False):
+                policy = _filled(shape, fixed, cache_first, unified, fits)
+                if not fits(policy):
+                    continue
                 policy = _paced(policy, fixed, model, job, rates, unified, fits)
                 score = predicted_tok_s(model, job, policy, rates, unified)
                 if best is None or score > best[0] * 1.001:
@@ -108,20 +113,27 @@ def within(needs: Footprint, budgets: Budgets) -> bool:
 def predicted_tok_s(
     model: ModelSizes, job: JobSizes, policy: Policy, rates: Rates, unified: bool
 ) -> float:
-    """Generated tokens a second of a long job, if every lane runs at its rate."""
+    """Generated tokens a second of the whole job, if every lane runs at its rate."""
     rows = policy.block_size if job.num_rows is None else min(policy.block_size, job.num_rows)
-    prefill_s, step_s = _seconds(model, job, policy, rates, unified, rows)
-    if policy.sweep_tokens:
-        batch_tokens = min(policy.batch_size, rows) * job.prompt_tokens
-        sweeps = job.new_tokens + batch_tokens / policy.sweep_tokens
-        return rows * job.new_tokens / (sweeps * step_s)
-    return rows * job.new_tokens / (prefill_s + job.new_tokens * step_s)
+    prefill_s, moved_s, compute_s = _seconds(model, job, policy, rates, unified, rows)
+    if not policy.sweep_tokens:
+        step_s = max(moved_s, compute_s)
+        return rows * job.new_tokens / (prefill_s + job.new_tokens * step_s)
+    # Every batch is prefilled over some sweeps and decoded over the rest of its stay. Where the
+    # job's end is known, its last batches run in sweeps that get emptier.
+    batch_tokens = min(policy.batch_size, rows) * job.prompt_tokens
+    sweeps = job.new_tokens + batch_tokens / policy.sweep_tokens
+    prompts_s = rows * job.prompt_tokens * model.token_flops / rates.flops_per_s / sweeps
+    step_s = max(moved_s, compute_s + prompts_s)
+    blocks = 1.0 if job.num_rows is None else job.num_rows / rows
+    tail = 0.0 if job.num_rows is None else float(job.new_tokens)
+    return blocks * rows * job.new_tokens / ((blocks * sweeps + tail) * step_s)
 
 
 def _seconds(
     model: ModelSizes, job: JobSizes, policy: Policy, rates: Rates, unified: bool, rows: int
-) -> tuple[float, float]:
-    """Of a block: its prefill, and one decode step at the mean length."""
+) -> tuple[float, float, float]:
+    """Of a block: its prefill, and moving and computing one decode step at the mean length."""
     batch_rows = min(policy.batch_size, rows)
     mean_tokens = job.prompt_tokens + job.new_tokens / 2
     cache_bytes = rows * mean_tokens * model.cache_token_bytes
@@ -141,13 +153,14 @@ def _seconds(
         rows * job.prompt_tokens * model.token_flops / rates.flops_per_s,
         policy.weights.disk * model.stream_bytes / rates.disk_bytes_per_s,
     )
-    return prefill_s, max(moved_s, compute_s)
+    return prefill_s, moved_s, compute_s
 
 
 def _blocks(model: ModelSizes, job: JobSizes, fixed: Choice) -> Iterator[Policy]:
     """Policies of each block shape to be tried, smallest first, everything on disk."""
     everything = Split(device=0.0, disk=1.0)
-    prefill_tokens = fixed.prefill_tokens or 2048
+    default_tokens = min(2048, max(256, model.max_positions))
+    prefill_tokens = fixed.prefill_tokens or default_tokens
     most = job.num_rows or max(BLOCK_SIZES)
     sizes = sorted({*(size for size in BLOCK_SIZES if size < most), min(most, BLOCK_SIZES[-1])})
     shapes = {
@@ -205,6 +218,24 @@ def _raised(policy: Policy, kind: str, tier: str, fits: Callable[[Policy], bool]
     return moved(low)
 
 
+def _paces(block: Policy, job: JobSizes, fixed: Choice) -> Iterator[Policy]:
+    """The block as it is, and cut into batches that are prefilled one after the other.
+
+    While a sweep waits for its weights it can compute prompts of rows to come; for that the rows
+    in flight have to be at different steps.
+    """
+    yield block
+    free = fixed.sweep_tokens is None and fixed.num_batches is None and fixed.batch_size is None
+    if free and block.block_size >= 2 * PACED_BATCHES:
+        batch_size = -(-block.block_size // PACED_BATCHES)
+        yield replace(
+            block,
+            batch_size=batch_size,
+            num_batches=PACED_BATCHES,
+            sweep_tokens=min(block.prefill_tokens, batch_size * job.prompt_tokens),
+        )
+
+
 def _paced(
     policy: Policy,
     fixed: Choice,
@@ -214,31 +245,14 @@ def _paced(
     unified: bool,
     fits: Callable[[Policy], bool],
 ) -> Policy:
-    """Spread the prompts over the sweeps, where sweeps wait for links and the job is long.
-
-    While a sweep waits for its weights it can compute prompts of rows to come. At the start of a
-    job and at its end the sweeps are not full, so this pays only for many blocks.
-    """
-    if fixed.sweep_tokens is not None or fixed.num_batches is not None:
+    """As many prompt tokens a sweep as can be computed while the sweep's bytes are moved."""
+    if fixed.sweep_tokens is not None or not policy.sweep_tokens:
         return policy
     rows = policy.block_size
-    if job.num_rows is not None and job.num_rows < 4 * rows:
-        return policy
-    _, step_s = _seconds(model, job, policy, rates, unified, rows)
-    compute_s = rows * model.token_flops / rates.flops_per_s
-    tokens = int((step_s - compute_s) * rates.flops_per_s / model.token_flops)
-    batch_size = max(1, rows // 8) if fixed.batch_size is None else fixed.batch_size
-    if rows < 8 or tokens < batch_size * job.prompt_tokens // 4:
-        return policy
-    paced = replace(
-        policy,
-        batch_size=batch_size,
-        num_batches=-(-rows // batch_size),
-        sweep_tokens=max(tokens, min(policy.prefill_tokens, batch_size * job.prompt_tokens)),
-    )
-    before = predicted_tok_s(model, job, policy, rates, unified)
-    better = predicted_tok_s(model, job, paced, rates, unified) > before
-    return paced if better and fits(paced) else policy
+    _, moved_s, compute_s = _seconds(model, job, policy, rates, unified, rows)
+    tokens = int((moved_s - compute_s) * rates.flops_per_s / model.token_flops)
+    paced = replace(policy, sweep_tokens=max(tokens, policy.sweep_tokens))
+    return paced if fits(paced) else policy
 
 
 def _refusal(needs: Footprint, policy: Policy, budgets: Budgets) -> DoesNotFit:

@@ -6,17 +6,38 @@ moves, and how much of each tier the engine sets aside.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexport.policy import Policy, Split
 
-__all__ = ["HEAD_TOKENS", "Footprint", "JobSizes", "ModelSizes", "cache_row_bytes", "footprint"]
+__all__ = [
+    "HEAD_TOKENS",
+    "Footprint",
+    "JobSizes",
+    "ModelSizes",
+    "cache_row_bytes",
+    "footprint",
+    "layer_splits",
+    "page_tokens_for",
+]
 
 HEAD_TOKENS = 256
 """Tokens that pass the head at once: logits are wide, and scoring wants many of them."""
 
-STREAMED_LAYERS = 2
-"""Layers in staging at once: the one that is computed, and the next one on its way."""
+SPILL_PAGE_TOKENS = 16
+"""Columns of a page when some rows' cache is on disk: their newest page waits in memory."""
+
+
+GRAIN_BYTES = 4096
+"""Memory and disk are handed out in multiples of this: a page of memory."""
+
+CUT_ROWS = 2
+"""What whole rows add to a share at most: half a row at either end of each of two cuts."""
+
+SPILL_SLACK = 0.25
+"""Of what is spilled: holes in the spill file that are too small for what is wanted next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +46,8 @@ class ModelSizes:
 
     layer_bytes: tuple[int, ...]
     """Weights of each layer of the schedule as they lie on disk."""
+    layer_slack_bytes: int
+    """What whole rows and aligned buffers add to the parts of a layer, at most."""
     table_bytes: int
     """Of these, tables that are read by rows and never stream."""
     decoded_ratio: float
@@ -80,6 +103,8 @@ class Footprint:
 
     weights_bytes: tuple[int, int, int]
     """Resident weights on device and host, and what streams from disk."""
+    load_bytes: tuple[int, int]
+    """Buffers that resident weights pass through, on device and host, before anything else is."""
     cache_bytes: tuple[int, int, int]
     """KV cache at home on device, host and disk."""
     open_page_bytes: int
@@ -88,7 +113,8 @@ class Footprint:
     staging_bytes: tuple[int, int]
     """Buffers for what is fetched ahead, on device and host."""
     behind_bytes: tuple[int, int]
-    """Buffers for what is written back behind, and for decoded copies of streamed weights."""
+    """Buffers for what is written back behind, and for decoded copies of streamed weights; for
+    hidden states on their way, in either direction."""
     work_bytes: int
     """What computing takes on the device."""
     unified: bool
@@ -96,104 +122,250 @@ class Footprint:
     @property
     def device_bytes(self) -> int:
         """All of it on the device."""
-        own_bytes = (
-            self.weights_bytes[0]
-            + self.cache_bytes[0]
-            + self.activation_bytes[0]
-            + self.staging_bytes[0]
-            + self.behind_bytes[0]
-            + self.work_bytes
-        )
-        return own_bytes + self._host_bytes if self.unified else own_bytes
+        weights_bytes, run_bytes = self.weights_bytes[0], self._run_bytes[0] + self.work_bytes
+        if self.unified:
+            weights_bytes += self.weights_bytes[1]
+            run_bytes += self._run_bytes[1]
+        return weights_bytes + max(self.load_bytes[0], run_bytes)
 
     @property
     def host_bytes(self) -> int:
         """All of it on the host; 0 where memory is unified."""
-        return 0 if self.unified else self._host_bytes
+        if self.unified:
+            return 0
+        return self.weights_bytes[1] + max(self.load_bytes[1], self._run_bytes[1])
 
     @property
     def disk_bytes(self) -> int:
         """What is spilled; weights are read where they lie."""
-        return self.cache_bytes[2] + self.activation_bytes[2]
+        return math.ceil((1 + SPILL_SLACK) * (self.cache_bytes[2] + self.activation_bytes[2]))
 
     @property
-    def _host_bytes(self) -> int:
-        return (
-            self.weights_bytes[1]
-            + self.cache_bytes[1]
-            + self.open_page_bytes
-            + self.activation_bytes[1]
-            + self.staging_bytes[1]
-            + self.behind_bytes[1]
+    def _run_bytes(self) -> tuple[int, int]:
+        """What is beside the weights on device and host, but for computing."""
+        device_bytes, host_bytes = (
+            self.cache_bytes[tier]
+            + self.activation_bytes[tier]
+            + self.staging_bytes[tier]
+            + self.behind_bytes[tier]
+            for tier in (0, 1)
         )
+        return device_bytes, host_bytes + self.open_page_bytes
 
     @property
     def headroom_bytes(self) -> tuple[int, int]:
-        """What fetching ahead has to leave free on device and host."""
-        host_bytes = self.behind_bytes[1] + self.activation_bytes[1]
-        device_bytes = self.behind_bytes[0] + self.activation_bytes[0]
+        """What fetching ahead has to leave free on device and host, hidden states aside."""
+        return (sum(self.behind_bytes), 0) if self.unified else self.behind_bytes
+
+    @property
+    def states_bytes(self) -> tuple[int, int]:
+        """What hidden states take on device and host."""
+        device_bytes, host_bytes, _ = self.activation_bytes
         return (device_bytes + host_bytes, 0) if self.unified else (device_bytes, host_bytes)
+
+
+def page_tokens_for(policy: Policy, preferred: int) -> int:
+    """Columns of a cache page: what the device prefers, or less where newest pages wait."""
+    return min(preferred, SPILL_PAGE_TOKENS) if policy.cache.disk else preferred
+
+
+def layer_splits(layer_bytes: Sequence[int], split: Split) -> list[Split]:
+    """The weight split of each layer, which together make `split`.
+
+    The head is the largest layer by far in most models, and staging it would take as much
+    memory as keeping it; so what may stay on the device is first of all the head. What is left is
+    spread evenly over the other layers.
+    """
+    head_bytes = layer_bytes[-1]
+    other_bytes = sum(layer_bytes) - head_bytes
+    device_bytes = split.device * (head_bytes + other_bytes)
+    head_share = min(1.0, device_bytes / head_bytes)
+    other_share = max(0.0, device_bytes - head_bytes) / other_bytes
+    others = _with_device(split, min(1.0, other_share))
+    return [*(others for _ in layer_bytes[:-1]), _with_device(split, head_share)]
+
+
+def _with_device(split: Split, device: float) -> Split:
+    """Another device share; host and disk keep their proportion."""
+    away = split.host + split.disk
+    if away <= 0:
+        return split
+    host = (1 - device) * split.host / away
+    return Split(device=device, host=host, disk=max(0.0, 1 - device - host))
 
 
 def cache_row_bytes(model: ModelSizes, columns: int, page_tokens: int) -> int:
     """The cache of one row of so many columns, in whole pages."""
-    return -(-columns // page_tokens) * page_tokens * model.cache_token_bytes
+    return -(-columns // page_tokens) * _page_row_bytes(model, page_tokens) * model.num_layers
 
 
 def footprint(
-    model: ModelSizes, job: JobSizes, policy: Policy, page_tokens: int, unified: bool
+    model: ModelSizes, job: JobSizes, policy: Policy, preferred_page_tokens: int, unified: bool
 ) -> Footprint:
-    """What the policy takes at most while it runs the job."""
+    """What the policy takes at most while it runs the job.
+
+    Shares are cut by whole rows, a row more or less on either side of a cut, and every buffer is
+    a whole number of memory pages; in a large model neither is seen, in a tiny one both are.
+    """
+    page_tokens = page_tokens_for(policy, preferred_page_tokens)
     rows = policy.block_size
     if job.num_rows is not None:
         rows = max(1, min(rows, job.num_rows))
     batch_rows = min(policy.batch_size, rows)
-    row_bytes = cache_row_bytes(model, job.columns, page_tokens)
-    cache_bytes = _split(rows * row_bytes, policy.cache)
-    visit_tokens = min(policy.prefill_tokens, batch_rows * job.prompt_tokens)
+    num_batches = -(-rows // batch_rows)
+    prompt_tokens = batch_rows * job.prompt_tokens
+    visit_tokens = max(batch_rows, min(policy.prefill_tokens, prompt_tokens))
+    # Every visit but a band's last is more than half full.
+    num_pieces = num_batches * min(
+        batch_rows * -(-job.prompt_tokens // policy.prefill_tokens),
+        1 + -(-2 * prompt_tokens // policy.prefill_tokens),
+    )
     sweep_tokens = rows * job.prompt_tokens
     if policy.sweep_tokens:
         sweep_tokens = min(sweep_tokens, max(policy.sweep_tokens, visit_tokens) + rows)
     ratio = model.decoded_ratio
-    weights = _split(model.weight_bytes, policy.weights)
     host_ratio = ratio if unified else 1.0
-    far = policy.weights.disk + (0.0 if unified else policy.weights.host)
-    layer_bytes = max(model.layer_bytes) * far
+    weights = _split(model.weight_bytes, policy.weights)
+    slack_bytes = len(model.layer_bytes) * model.layer_slack_bytes
+    far_bytes, disk_bytes = _streamed(model, policy.weights, unified)
+    near_bytes = max(
+        own - away for own, away in zip(model.layer_bytes, _far(model, policy, unified), strict=True)
+    )
+    load_bytes = round(near_bytes) + model.layer_slack_bytes if near_bytes > 0 else 0
+
+    row_bytes = cache_row_bytes(model, job.columns, page_tokens)
+    layer_row_bytes = row_bytes / model.num_layers
+    page_row_bytes = _page_row_bytes(model, page_tokens)
     cache_far = policy.cache.disk + (0.0 if unified else policy.cache.host)
     # Pages of this visit and of the next one.
-    pages_bytes = 2 * batch_rows * row_bytes / model.num_layers * cache_far
+    pages_bytes = 2 * _rows_of(batch_rows, cache_far) * layer_row_bytes
+    disk_pages_bytes = 2 * _rows_of(batch_rows, policy.cache.disk) * layer_row_bytes
     # Pages of two visits may be under way to their home while a third one is computed.
-    new_tokens = visit_tokens + batch_rows * page_tokens
-    drafts_bytes = 3 * new_tokens * model.cache_token_bytes / model.num_layers * cache_far
+    drafts_bytes = 3 * page_row_bytes * _new_pages(job, policy, batch_rows, page_tokens, cache_far)
     states_far = policy.activations.disk + (0.0 if unified else policy.activations.host)
-    states_bytes = 4 * visit_tokens * model.hidden_token_bytes * states_far
-    decoded_bytes = layer_bytes * ratio if ratio != 1 else 0.0
+    # The states of this visit and the next one, and of two on their way home.
+    states_bytes = 4 * _states_bytes(model, visit_tokens, states_far)
+    decoded_bytes = max(far_bytes) * ratio if ratio != 1 else 0.0
     on_disk = 0.0 if unified else 1.0
     return Footprint(
-        weights_bytes=(round(weights[0] * ratio), round(weights[1] * host_ratio), weights[2]),
-        cache_bytes=cache_bytes,
-        open_page_bytes=round(rows * policy.cache.disk * page_tokens * model.cache_token_bytes),
-        activation_bytes=_split(sweep_tokens * model.hidden_token_bytes, policy.activations),
+        weights_bytes=(
+            round(weights[0] * ratio) + slack_bytes * (weights[0] > 0),
+            round(weights[1] * host_ratio) + slack_bytes * (weights[1] > 0),
+            weights[2],
+        ),
+        load_bytes=(load_bytes, round(on_disk * load_bytes)),
+        cache_bytes=_cache_split(rows * row_bytes, num_batches * layer_row_bytes, policy.cache),
+        open_page_bytes=_cache_split(
+            rows * page_row_bytes * model.num_layers, num_batches * page_row_bytes, policy.cache
+        )[2],
+        activation_bytes=_states_split(model, sweep_tokens, num_pieces, policy.activations),
         staging_bytes=(
-            round(layer_bytes * STREAMED_LAYERS + pages_bytes + states_bytes),
+            round(_neighbours(far_bytes) + pages_bytes),
+            round(on_disk * (_neighbours(disk_bytes) + disk_pages_bytes)),
+        ),
+        behind_bytes=(
+            round(drafts_bytes + states_bytes + decoded_bytes),
             round(
                 on_disk
                 * (
-                    max(model.layer_bytes) * policy.weights.disk * STREAMED_LAYERS
-                    + pages_bytes * (policy.cache.disk > 0)
+                    drafts_bytes * (policy.cache.disk > 0)
                     + states_bytes * (policy.activations.disk > 0)
                 )
             ),
-        ),
-        behind_bytes=(
-            round(drafts_bytes + decoded_bytes),
-            round(on_disk * drafts_bytes * (policy.cache.disk > 0)),
         ),
         work_bytes=visit_tokens * model.work_token_bytes
         + min(batch_rows, HEAD_TOKENS) * model.head_token_bytes
         + batch_rows * job.columns * model.score_bytes,
         unified=unified,
     )
+
+
+def _far(model: ModelSizes, policy: Policy, unified: bool) -> list[float]:
+    """Of each layer, the bytes that are at home where the device can't compute on them."""
+    return [
+        size * (each.disk + (0.0 if unified else each.host))
+        for size, each in zip(
+            model.layer_bytes, layer_splits(model.layer_bytes, policy.weights), strict=True
+        )
+    ]
+
+
+def _streamed(
+    model: ModelSizes, split: Split, unified: bool
+) -> tuple[list[float], list[float]]:
+    """Of each layer, the bytes that stream to the device, and those that come from disk."""
+    splits = layer_splits(model.layer_bytes, split)
+    sizes = list(model.layer_bytes)
+    sizes[0] -= model.table_bytes
+
+    def streams(size: int, share: float) -> float:
+        return size * share + model.layer_slack_bytes if share > 0 else 0.0
+
+    disk = [streams(size, each.disk) for size, each in zip(sizes, splits, strict=True)]
+    if unified:
+        return disk, disk
+    host = [streams(size, each.host) for size, each in zip(sizes, splits, strict=True)]
+    return [sum(both) for both in zip(disk, host, strict=True)], disk
+
+
+def _neighbours(layer_bytes: Sequence[float]) -> float:
+    """The most that a layer and the one after it take: one is computed, one is on its way."""
+    pairs = zip(layer_bytes, [*layer_bytes[1:], layer_bytes[0]], strict=True)
+    return max(here + after for here, after in pairs)
+
+
+def _page_row_bytes(model: ModelSizes, page_tokens: int) -> int:
+    """What one row takes of one layer's page, in whole grains of memory."""
+    return _grains(page_tokens * model.cache_token_bytes / model.num_layers)
+
+
+def _rows_of(rows: int, share: float) -> float:
+    """The most of so many rows that a share of them is in any layer."""
+    return min(rows, share * rows + CUT_ROWS) if share > 0 else 0.0
+
+
+def _new_pages(
+    job: JobSizes, policy: Policy, batch_rows: int, page_tokens: int, share: float
+) -> float:
+    """Pages of single rows that a visit writes to, of those at home in this share."""
+    if share <= 0:
+        return 0.0
+    longest = min(policy.prefill_tokens, job.prompt_tokens)
+    tokens = min(policy.prefill_tokens, batch_rows * job.prompt_tokens)
+    all_pages = tokens / page_tokens + batch_rows
+    return min(all_pages, share * all_pages + CUT_ROWS * (longest / page_tokens + 1))
+
+
+def _states_bytes(model: ModelSizes, tokens: int, share: float) -> float:
+    """The part of a visit's states that is at home far away."""
+    if share <= 0:
+        return 0.0
+    return min(tokens, share * tokens + CUT_ROWS) * model.hidden_token_bytes + 2 * GRAIN_BYTES
+
+
+def _states_split(
+    model: ModelSizes, tokens: int, num_pieces: int, split: Split
+) -> tuple[int, int, int]:
+    device, host, disk = (
+        round(_rows_of(tokens, share) * model.hidden_token_bytes + num_pieces * GRAIN_BYTES)
+        if share > 0
+        else 0
+        for share in split.shares()
+    )
+    return device, host, disk
+
+
+def _cache_split(all_bytes: float, row_bytes: float, split: Split) -> tuple[int, int, int]:
+    """The cache on each tier, where a cut may go through one row of each batch."""
+    device, host, disk = (
+        round(min(all_bytes, share * all_bytes + CUT_ROWS * row_bytes)) if share > 0 else 0
+        for share in split.shares()
+    )
+    return device, host, disk
+
+
+def _grains(num_bytes: float) -> int:
+    return -(-math.ceil(num_bytes) // GRAIN_BYTES) * GRAIN_BYTES
 
 
 def _split(num_bytes: float, split: Split) -> tuple[int, int, int]:

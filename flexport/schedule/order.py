@@ -54,17 +54,18 @@ class Visit:
 
 
 def bands_of(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
-    """Cut rows with these prompt lengths into bands: row ranges of at most max_tokens tokens.
+    """Cut rows with these prompt lengths into bands: row ranges of at most max_tokens places.
 
-    A row longer than max_tokens has a band of its own, and is prefilled in several chunks.
+    A band has a place for each column of its longest row in each of its rows, used or not. A row
+    longer than max_tokens has a band of its own, and is prefilled in several chunks.
     """
     bands: list[tuple[int, int]] = []
-    begin, tokens = 0, 0
+    begin, longest = 0, 0
     for row, length in enumerate(lengths):
-        if row > begin and tokens + length > max_tokens:
+        if row > begin and (row + 1 - begin) * max(longest, length) > max_tokens:
             bands.append((begin, row))
-            begin, tokens = row, 0
-        tokens += length
+            begin, longest = row, 0
+        longest = max(longest, length)
     bands.append((begin, len(lengths)))
     return bands
 

@@ -73,7 +73,7 @@ class Pool:
         again); without it, or when it says no, OutOfMemory is raised.
         """
         size = self.rounded(num_bytes)
-        while not self._claim(size):
+        while not self._claim(size, reuse=True):
             if wait is None or not wait():
                 raise OutOfMemory(
                     f"{self.name}: {format_bytes(size)} asked for, {format_bytes(self.free_bytes)} "
@@ -97,13 +97,17 @@ class Pool:
             self._spares[buffer.num_bytes].append(buffer)
             self._spare_bytes += buffer.num_bytes
 
-    def reserve(self, num_bytes: int) -> None:
-        """Count memory that is not allocated here, e.g. what kernels use; raises OutOfMemory."""
-        if not self._claim(num_bytes):
-            raise OutOfMemory(
-                f"{self.name}: {format_bytes(num_bytes)} asked for, "
-                f"{format_bytes(self.free_bytes)} of {format_bytes(self.capacity_bytes)} free"
-            )
+    def reserve(self, num_bytes: int, wait: Callable[[], bool] | None = None) -> None:
+        """Count memory that is not allocated here, e.g. what kernels use.
+
+        `wait` is as in `take`. Raises OutOfMemory.
+        """
+        while not self._claim(num_bytes, reuse=False):
+            if wait is None or not wait():
+                raise OutOfMemory(
+                    f"{self.name}: {format_bytes(num_bytes)} asked for, "
+                    f"{format_bytes(self.free_bytes)} of {format_bytes(self.capacity_bytes)} free"
+                )
 
     def unreserve(self, num_bytes: int) -> None:
         """Stop counting what was reserved."""
@@ -116,7 +120,7 @@ class Pool:
             self._spares.clear()
             self._spare_bytes = 0
 
-    def _claim(self, size: int) -> bool:
+    def _claim(self, size: int, *, reuse: bool) -> bool:
         with self._changed:
             if self._used_bytes + size > self.capacity_bytes:
                 return False
@@ -124,10 +128,10 @@ class Pool:
             self.peak_bytes = max(self.peak_bytes, self._used_bytes)
             # Spare buffers of other sizes hold real memory: let go of as many as must be.
             over = self._used_bytes + self._spare_bytes - self.capacity_bytes
-            if self._spares[size]:
-                over -= size
+            kept = 1 if reuse and self._spares[size] else 0
+            over -= kept * size
             for other in sorted(self._spares, reverse=True):
-                while over > 0 and other != size and self._spares[other]:
+                while over > 0 and len(self._spares[other]) > (kept if other == size else 0):
                     self._spares[other].pop()
                     self._spare_bytes -= other
                     over -= other
@@ -142,6 +146,11 @@ class Promise:
         pool.reserve(num_bytes)
         self._pool = pool
         self._left_bytes = num_bytes
+
+    def add(self, num_bytes: int, wait: Callable[[], bool] | None = None) -> None:
+        """Set more aside; as `Pool.reserve`."""
+        self._pool.reserve(num_bytes, wait)
+        self._left_bytes += num_bytes
 
     def draw(self, num_bytes: int) -> None:
         """The owner is about to take so many bytes from the pool; they are set aside no more."""

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from flexport.backend import Backend, Ticket
+from flexport.errors import DiskFull
 from flexport.policy import Budgets, Tier
-from flexport.store.direct_io import AlignedBuffer, DirectFile, aligned_range
+from flexport.store.direct_io import AlignedBuffer, DirectFile, align_up, aligned_range
 from flexport.store.lanes import DONE, Job, Lane, Trouble
 from flexport.store.pool import Buffer, Pool
 from flexport.store.run_dir import RunDir
@@ -162,7 +163,7 @@ class Store:
         """Room for a bundle at its home. Raises OutOfMemory or DiskFull, and then keeps nothing."""
         self.placed_bytes[kind, home] += num_bytes
         if home is Tier.DISK:
-            extent = self._open_spill().take(num_bytes)
+            extent = self._take_extent(num_bytes)
             return Kept(kind=kind, num_bytes=num_bytes, home=home, extent=extent)
         return self._keep_in_memory(kind, num_bytes, home)
 
@@ -195,7 +196,7 @@ class Store:
     def settle(self, kept: Kept) -> None:
         """A bundle of `keep_open` is complete: send it from host memory to its home on disk."""
         assert kept.home is Tier.HOST and kept.buffer is not None, kept
-        buffer, extent, before = kept.buffer, self._open_spill().take(kept.num_bytes), kept.last
+        buffer, extent, before = kept.buffer, self._take_extent(kept.num_bytes), kept.last
 
         def spill() -> int:
             try:
@@ -211,6 +212,13 @@ class Store:
         """The memory in which a bundle of that home lies, or waits while it is open."""
         return self.device if home is Tier.DEVICE else self.host
 
+    def has_room(self, num_bytes: int, home: Tier) -> bool:
+        """Whether `keep` would find room now, without waiting."""
+        if home is not Tier.DISK:
+            return Pool.rounded(num_bytes) <= self.pool(home).free_bytes
+        used_bytes = self._spill.used_bytes if self._spill else 0
+        return align_up(num_bytes) <= self._budgets.disk_bytes - used_bytes
+
     # ---- leases
 
     def staging_bytes(self, kept: Kept) -> tuple[int, int]:
@@ -218,21 +226,22 @@ class Store:
         if self._in_place(kept.home):
             return 0, 0
         both = kept.home is Tier.DISK and not self.unified
-        return kept.num_bytes, kept.num_bytes if both else 0
+        num_bytes = Pool.rounded(kept.num_bytes)
+        return num_bytes, num_bytes if both else 0
 
     def fetch(self, kept: Kept) -> Lease:
         """The bundle's bytes on the device; the copy is under way when this returns."""
         if self._in_place(kept.home):
             assert kept.buffer is not None, kept
             return Lease(kept.buffer.bytes_B[: kept.num_bytes], kept.last)
-        device = self.device.take(kept.num_bytes, self._wait_for_a_write)
+        device = self.device.take(kept.num_bytes, self.wait_for_a_write)
         bytes_B = device.bytes_B[: kept.num_bytes]
         if kept.home is Tier.HOST:
             assert kept.buffer is not None, kept
             return self._fetch_host(kept, kept.buffer.bytes_B[: kept.num_bytes], device)
         if self.unified:
             return Lease(bytes_B, self._read(kept, bytes_B), [(self.device, device)])
-        host = self.host.take(kept.num_bytes, self._wait_for_a_write)
+        host = self.host.take(kept.num_bytes, self.wait_for_a_write)
         staged_B = host.bytes_B[: kept.num_bytes]
         relay = _Relay()
 
@@ -246,7 +255,7 @@ class Store:
         """Device memory for a bundle whose content is to be made; undefined until written."""
         if self._in_place(kept.home):
             return self.fetch(kept)
-        device = self.device.take(kept.num_bytes, self._wait_for_a_write)
+        device = self.device.take(kept.num_bytes, self.wait_for_a_write)
         return Lease(device.bytes_B[: kept.num_bytes], DONE, [(self.device, device)])
 
     def write_back(self, kept: Kept, lease: Lease) -> None:
@@ -264,7 +273,7 @@ class Store:
         if self.unified:
             kept.last = self._start_write(partial(self._spill_lease, DONE, src_B, extent, [lease]))
             return
-        host = self.host.take(kept.num_bytes, self._wait_for_a_write)
+        host = self.host.take(kept.num_bytes, self.wait_for_a_write)
         staged_B = host.bytes_B[: kept.num_bytes]
         copy = self._copy("device_to_host", src_B, staged_B)
         leases = [lease, Lease(staged_B, DONE, [(self.host, host)])]
@@ -307,6 +316,14 @@ class Store:
         """Raise what has gone wrong in any lane by now."""
         self.trouble.check()
 
+    def wait_for_a_write(self) -> bool:
+        """Wait until a write-back ends, which frees its staging. False: none is under way."""
+        self.check()
+        if not self._writes:
+            return False
+        self._writes.popleft().join()
+        return True
+
     def drain(self) -> None:
         """Wait for all write-backs under way."""
         while self._writes:
@@ -339,19 +356,31 @@ class Store:
     # ---- inside
 
     def _keep_in_memory(self, kind: str, num_bytes: int, home: Tier) -> Kept:
-        buffer = self.pool(home).take(num_bytes, self._wait_for_a_write)
+        buffer = self.pool(home).take(num_bytes, self.wait_for_a_write)
         return Kept(kind=kind, num_bytes=num_bytes, home=home, buffer=buffer)
+
+    def _take_extent(self, num_bytes: int) -> Extent:
+        while True:
+            try:
+                return self._open_spill().take(num_bytes)
+            except DiskFull:
+                # Extents that were dropped come free behind their last write-back.
+                if not self.wait_for_a_write():
+                    raise
 
     def _in_place(self, home: Tier) -> bool:
         return home is Tier.DEVICE or (self.unified and home is Tier.HOST)
 
     def _make_host(self, num_bytes: int) -> Tensor:
-        if self.unified:
-            return AlignedBuffer(num_bytes).bytes_B
-        return self.backend.allocate((num_bytes,), torch.uint8, "host")
+        # A tensor born in inference mode can't be written to outside it.
+        with torch.inference_mode(False):
+            if self.unified:
+                return AlignedBuffer(num_bytes).bytes_B
+            return self.backend.allocate((num_bytes,), torch.uint8, "host")
 
     def _make_device(self, num_bytes: int) -> Tensor:
-        return self.backend.allocate((num_bytes,), torch.uint8, "device")
+        with torch.inference_mode(False):
+            return self.backend.allocate((num_bytes,), torch.uint8, "device")
 
     def _open_file(self, path: Path) -> DirectFile:
         if path not in self._files:
@@ -426,14 +455,6 @@ class Store:
             self._writes.popleft()
         self._writes.append(job)
         return job
-
-    def _wait_for_a_write(self) -> bool:
-        """Wait until a write-back ends, which frees its staging. False: none is under way."""
-        self.check()
-        if not self._writes:
-            return False
-        self._writes.popleft().join()
-        return True
 
 
 def _finish(copy: Ticket, lease: Lease) -> int:

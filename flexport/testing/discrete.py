@@ -13,7 +13,6 @@ counts as the device's, too.
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 import weakref
 from collections import deque
@@ -111,8 +110,8 @@ class DiscreteBackend:
         if where == "device":
             self._reserve(num_bytes)
         try:
-            memory = _Memory(-1, max(1, num_bytes))
-        except (OSError, OverflowError, ValueError) as error:
+            memory = _Memory(max(1, num_bytes))
+        except (MemoryError, OverflowError) as error:
             if where == "device":
                 self._release_device(num_bytes)
             raise OutOfMemory(f"asked for {num_bytes} bytes of {where} memory: {error}") from error
@@ -225,8 +224,11 @@ class DiscreteBackend:
             raise RuntimeError(f"{verb} was called on a discrete backend that is closed")
 
 
-class _Memory(mmap.mmap):
-    """Bytes that a tensor lies in: one object per allocation, which a weak reference can watch."""
+class _Memory(bytearray):
+    """Bytes that a tensor lies in: one object per allocation, which a weak reference can watch.
+
+    Not an mmap, which gives its address back before it tells weak references.
+    """
 
 
 class _Copy:
@@ -249,7 +251,9 @@ class _Copy:
                     f"a copy needs one shape and dtype: source has {tuple(src.shape)} "
                     f"{src.dtype}, destination {tuple(dst.shape)} {dst.dtype}"
                 )
-            dst.copy_(src)
+            # A tensor made in inference mode can be written to only in it.
+            with torch.inference_mode():
+                dst.copy_(src)
         except Exception as error:  # noqa: BLE001 - whatever it is, the ticket hands it on
             self._error = error
             self._failed.append(error)

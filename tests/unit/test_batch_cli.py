@@ -131,7 +131,8 @@ def test_an_existing_output_is_refused_unless_told_what_to_do_with_it(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["-i", "missing.jsonl"], "no input file"),
+        (["-i", "missing.jsonl"], "can't read missing.jsonl: No such file"),
+        (["-i", "."], "can't read .:"),
         (["-i", "IN", "-o", "IN", "--overwrite"], "the same file"),
         (["-i", "IN", "--resume"], "need --output FILE"),
         (["-i", "IN", "--overwrite", "-o", "-"], "need --output FILE"),
