@@ -2,9 +2,9 @@
 
 For every tile of rows, heads and queries: scores of each page into one float32 buffer, mask,
 softmax in float32, then the weighted sums of each page's values added up in float32. Pages that
-no query of the tile can see are skipped. Compared with torch's fused kernel on two Zen 5 cores
-this reads a bfloat16 cache about four times faster when decoding, and is about twice as fast on
-prompts.
+no query of the tile can see are skipped. On two Zen 5 cores (memory reads at 49 GB/s) a decode
+step reads its bfloat16 cache at 24 to 27 GB/s, torch's fused kernel at 6; a prompt of 128 tokens
+runs at 110 GFLOP/s and one of 1024 at 235, the fused kernel at 70 and 125.
 
 Error: products accumulate in float32; scores and weights are then rounded to q's dtype once
 each, and so is a page's weighted sum, as in eager attention of that dtype. With u the unit

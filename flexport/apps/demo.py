@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flexport import demo
+from flexport.demo.data import PROMPT_END
 
 __all__ = ["outcome"]
 
@@ -40,6 +41,6 @@ def _table(
 
 
 def _tail(prompt: str) -> str:
-    """The end of a prompt on one line."""
-    flat = " ".join(prompt.split())
+    """The end of a record on one line."""
+    flat = " ".join(prompt.removesuffix(PROMPT_END).split())
     return flat if len(flat) <= PROMPT_WIDTH else f"…{flat[1 - PROMPT_WIDTH :]}"

@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from flexport.backend import Backend, PacksWeights
 from flexport.bench.spread import Spread
 from flexport.models.spec import ModelSpec, layer_tensors, num_parameters
 from flexport.policy import Budgets
-from flexport.store.store import FileRun, Lease, Store
 from flexport.registry import open_backend
+from flexport.store.store import FileRun, Lease, Store
 from flexport.torch_ops import torch_dtype
 
 __all__ = [
@@ -303,11 +304,7 @@ def matrix_rate(
             x_TD.normal_()
             flops = 2 * num_rows * shape[0] * shape[1]
             for is_packed, weight in layouts:
-                per_s = _best_rate(
-                    lambda x=x_TD, w=weight: backend.matmul(x, w),
-                    backend,
-                    seconds,  # type: ignore[misc]
-                )
+                per_s = _best_rate(partial(backend.matmul, x_TD, weight), backend, seconds)
                 rates.append(
                     MatrixRate(
                         flops_per_s=flops * per_s, rows=num_rows, shape=shape, packed=is_packed
@@ -322,7 +319,7 @@ def matrix_rate(
 def _memory_read(backend: Backend) -> float:
     """Bytes a second of adding up a tensor that no cache holds."""
     x_B = backend.allocate((MEMORY_BYTES // 4,), torch.float32).zero_()
-    return MEMORY_BYTES * _best_rate(lambda: x_B.sum(), backend, MEMORY_S)
+    return MEMORY_BYTES * _best_rate(x_B.sum, backend, MEMORY_S)
 
 
 def _memory_copy(backend: Backend) -> float:

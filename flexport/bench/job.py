@@ -120,13 +120,11 @@ def result(
 def table(found: Mapping[str, Any]) -> str:
     """The result for a person to read."""
     seconds, moved = found["seconds"], found["moved_bytes"]
+    lengths = f"{found['prompt_len']} tokens, {found['gen_len']} new ones each"
+    work = f"{found['num_prompts']} prompts of {lengths}"
     rows = [
         ("model", f"{found['model']} on {found['backend']} in {found['dtype']}"),
-        (
-            "work",
-            f"{found['num_prompts']} prompts of {found['prompt_len']} tokens, "
-            f"{found['gen_len']} new ones each",
-        ),
+        ("work", work),
         ("throughput", f"{found['tok_s']:.1f} tok/s in prefill and decode"),
         ("repeats", f"{found['repeats']}, spread {100 * found['spread']:.1f} %"),
         ("prefill, decode", f"{seconds['prefill']:.1f} s, {seconds['decode']:.1f} s"),
@@ -141,14 +139,11 @@ def table(found: Mapping[str, Any]) -> str:
         rows.append(("peak of process", _gigabytes(found["peak_bytes"]["process"])))
     if "limit" in found:
         limit, ceilings = found["limit"], found["ceilings"]
+        sides = f"disk {limit['disk_s']:.1f} s, compute {limit['compute_s']:.1f} s"
         rows += [
             ("disk ceiling", f"{_gigabytes(ceilings['disk_bytes_per_s'])}/s"),
             ("matrix ceiling", f"{ceilings['flops_per_s'] / 1e9:.0f} GFLOP/s"),
-            (
-                "limit",
-                f"{limit['limit_s']:.1f} s, set by {limit['limited_by']} "
-                f"(disk {limit['disk_s']:.1f} s, compute {limit['compute_s']:.1f} s)",
-            ),
+            ("limit", f"{limit['limit_s']:.1f} s, set by {limit['limited_by']} ({sides})"),
             ("share of the limit", f"{limit['share']:.2f}"),
         ]
     width = max(len(name) for name, _ in rows)

@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -269,5 +270,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _stop(*_: object) -> None:
+    """Leave by the ordinary way, on which the contestant under way is stopped and files go."""
+    sys.exit(143)  # 128 + SIGTERM, as shells report it
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

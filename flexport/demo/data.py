@@ -1,7 +1,7 @@
 """The demo's synthetic records: owns every word of them, and makes the job from seeds alone.
 
 A record is a short made-up order, delivery or booking note. It holds a person, a city and up to
-four more fields in varied order and wording, among distractors of the same kinds (another person,
+five more fields in varied order and wording, among distractors of the same kinds (another person,
 another city, a fee, a reference number). The task is to copy the fields into one canonical line:
 
     Order 5121. Tilda Morsen wants three copper lamps, please send to Garnholm. Agent: Reko Bassley.
@@ -43,7 +43,7 @@ PROMPT_END = "\n=>\n"
 HELD_OUT_SHARE = 0.2
 """Share of each pool of names and cities that training never sees."""
 
-FIELDS = ("name", "city", "item", "qty", "date", "price")
+FIELDS = ("name", "city", "item", "qty", "date", "price", "code")
 """Order of the fields in an answer; a field that the record lacks is left out."""
 
 MAX_QUANTITY = 60
@@ -150,6 +150,7 @@ _FORM_LABELS = {
     "qty": ("Qty", "Count", "Number", "Units", "How many"),
     "date": ("Due", "Date", "Needed by", "Deliver on", "When"),
     "price": ("Price", "Unit price", "Cost", "Price each"),
+    "code": ("Tracking", "Code", "Parcel code", "Tracking code"),
 }
 _FORM_DISTRACTORS = (
     "Agent: {name}",
@@ -159,7 +160,8 @@ _FORM_DISTRACTORS = (
     "Sent from: {city}",
     "Billing office: {city}",
     "Ref: {ref}",
-    "Phone: {ref}",
+    "Phone: {code}",
+    "Account: {code}",
     "Placed on: {date}",
     "Last order: {date}",
     "Fee: {price}",
@@ -214,6 +216,12 @@ _PRICE_SENTENCES = (
     "one costs {price}.",
     "the unit price is {price}.",
 )
+_CODE_SENTENCES = (
+    "the tracking code is {code}.",
+    "use code {code}.",
+    "the parcel has code {code}.",
+    "track it as {code}.",
+)
 _PROSE_DISTRACTORS = (
     "the call was taken by {name}.",
     "{name} from sales wrote this down.",
@@ -227,7 +235,9 @@ _PROSE_DISTRACTORS = (
     "the shipping fee is {price}.",
     "last year it was {price}.",
     "the reference is {ref}.",
-    "call back at {ref}.",
+    "call back at {code}.",
+    "the phone number is {code}.",
+    "pay from account {code}.",
     "the {item} was sold out.",
     "no more {item}, thanks.",
 )
@@ -262,6 +272,8 @@ class _Writer:
             fields["date"] = self._date()
         if rng.random() < 0.35:
             fields["price"] = self._price()
+        if rng.random() < 0.4:
+            fields["code"] = self._code()
         note = self._form(fields) if rng.random() < 0.4 else self._prose(fields)
         answer = "; ".join(f"{key}: {fields[key]}" for key in FIELDS if key in fields)
         return Record(prompt=note + PROMPT_END, answer=answer)
@@ -304,6 +316,13 @@ class _Writer:
     def _price(self) -> str:
         return f"{self._rng.randrange(1, 200)}.{self._rng.choice(('00', '50', '25', '99', '75'))}"
 
+    def _code(self) -> str:
+        """Six to ten digits.
+
+        The same few digits stand all over a record, so that copying a code takes exact attention.
+        """
+        return str(self._rng.randrange(10**5, 10 ** self._rng.randrange(6, 11)))
+
     # Values as a record may write them.
 
     def _written_date(self, date: str) -> str:
@@ -331,6 +350,7 @@ class _Writer:
             "item": self._item(),
             "date": self._written_date(self._date()),
             "price": self._written_price(self._price()),
+            "code": self._code(),
             "ref": str(self._rng.randrange(1000, 10000)),
         }
 
@@ -379,6 +399,9 @@ class _Writer:
         if "price" in fields:
             values["price"] = self._written_price(fields["price"])
             wordings.append(rng.choice(_PRICE_SENTENCES))
+        if "code" in fields:
+            values["code"] = fields["code"]
+            wordings.append(rng.choice(_CODE_SENTENCES))
         sentences = [wording.format(**values) for wording in wordings]
         for wording in rng.sample(_PROSE_DISTRACTORS, self._num_distractors()):
             sentences.append(wording.format(**self._distractor_values()))

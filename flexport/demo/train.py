@@ -30,7 +30,7 @@ from flexport.demo.data import DEMO_SEED, TRAIN_SEED, Record, make_records
 NUM_DEMO_ROWS = 256
 VOCAB_SIZE = 768
 MAX_POSITIONS = 256
-MAX_ANSWER_TOKENS = 64
+MAX_ANSWER_TOKENS = 80
 
 # The ids that OPT's own tokenizer has; a sequence begins and ends with </s>.
 BOS_TOKEN, PAD_TOKEN, EOS_TOKEN, UNKNOWN_TOKEN = "<s>", "<pad>", "</s>", "<unk>"

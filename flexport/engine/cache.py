@@ -341,8 +341,8 @@ class BatchCache:
             begin = token_of[band.rows[places[0]]]
             tokens = slice(begin, begin + len(places))
             q_NHE, k_NKE, v_NKE = q_THE[tokens], k_TKE[tokens], v_TKE[tokens]
-            some_ended = len(places) < len(band.rows)
-            if some_ended:
+            index_N: Tensor | None = None
+            if len(places) < len(band.rows):
                 index_N = torch.tensor(places, device=q_THE.device)
                 q_NHE, k_NKE, v_NKE = (
                     _scatter(x, index_N, len(band.rows)) for x in (q_NHE, k_NKE, v_NKE)
@@ -356,7 +356,7 @@ class BatchCache:
             )
             keys, values = self._pages(of_band, 0, len(band.rows))
             o_NHE = self._backend.attention(q_NHE.unsqueeze(2), keys, values, spec).squeeze(2)
-            out_THE[tokens] = o_NHE[index_N] if some_ended else o_NHE
+            out_THE[tokens] = o_NHE if index_N is None else o_NHE[index_N]
         return out_THE
 
     def _append_step(self, held: _Held, k_NKE: Tensor, v_NKE: Tensor) -> None:

@@ -10,8 +10,10 @@ import logging
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
@@ -79,7 +81,9 @@ class Engine:
         self._source = open_source(model, revision, load_format)
         self._owns_backend = isinstance(backend, str)
         self.backend_name, self.backend = (
-            open_backend(backend) if isinstance(backend, str) else (backend.capabilities.name, backend)
+            open_backend(backend)
+            if isinstance(backend, str)
+            else (backend.capabilities.name, backend)
         )
         self.spec = self._source.spec
         self.dtype, self._dtype_reason = dtype_for(
@@ -94,6 +98,7 @@ class Engine:
         self._store: Store | None = None
         self._weights: ModelWeights | None = None
         self._work_bytes = 0
+        self._busy = False
         self._load_s = 0.0
         self.plan: Plan | None = None
         self.report: dict[str, Any] = {}
@@ -111,8 +116,14 @@ class Engine:
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions in the order in which rows end; requests are taken as there is room.
 
-        Raises DoesNotFit before anything is computed if the budgets are too small.
+        Raises DoesNotFit before anything is computed if the budgets are too small. Closing the
+        iterator early ends the job and leaves the engine ready for the next one; an error, which
+        may leave copies half done, costs the next job the loading of the weights.
         """
+        with self._one_job():
+            yield from self._generate(requests)
+
+    def _generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         source = iter(requests)
         head = list(islice(source, PEEK_ROWS))
         if not head:
@@ -123,14 +134,17 @@ class Engine:
             new_tokens=max(request.sampling.max_tokens for request in head),
             num_rows=known,
         )
+        for request in head:
+            self._check_length(len(request.token_ids), request.sampling.max_tokens)
         plan = self._prepare(job)
         generation = Generation(self.tokenizer, self.spec.eos_token_ids, self._seed)
         window = max(PEEK_ROWS, 4 * plan.policy.block_size)
-        packed = pack(chain(head, source), plan.policy.batch_size, window)
+        packed = pack(chain(head, source), plan.policy.batch_size, window, _Area.of(plan).holds)
         batches = ([generation.row(request) for request in requests] for requests in packed)
-        for _ in self._run(batches, generation, lambda: generation.num_tokens):
-            while generation.completions:
-                yield generation.completions.popleft()
+        with closing(self._run(batches, generation, lambda: generation.num_tokens)) as visits:
+            for _ in visits:
+                while generation.completions:
+                    yield generation.completions.popleft()
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """How likely each continuation is after its context, both given as token ids."""
@@ -139,19 +153,19 @@ class Engine:
         scoring = Scoring()
         rows = [scoring.row(index, *pair) for index, pair in enumerate(pairs)]
         longest = max(len(row.prompt_ids) for row in rows)
-        plan = self._prepare(JobSizes(prompt_tokens=longest, new_tokens=1, num_rows=len(rows)))
+        self._check_length(longest, 1)
         rows.sort(key=lambda row: -len(row.prompt_ids))
-        size = plan.policy.batch_size
-        batches = (rows[begin : begin + size] for begin in range(0, len(rows), size))
-        for _ in self._run(batches, scoring, lambda: 0):
-            pass
+        with self._one_job():
+            plan = self._prepare(JobSizes(prompt_tokens=longest, new_tokens=1, num_rows=len(rows)))
+            size = plan.policy.batch_size
+            batches = (rows[begin : begin + size] for begin in range(0, len(rows), size))
+            for _ in self._run(batches, scoring, lambda: 0):
+                pass
         return [score for _, score in sorted(scoring.scores, key=lambda scored: scored[0])]
 
     def close(self) -> None:
         """Give everything back. A second call does nothing."""
-        if self._store is not None:
-            self._store.close()
-            self._store = self._weights = None
+        self._unload()
         if self._owns_backend:
             self.backend.close()
 
@@ -168,32 +182,58 @@ class Engine:
 
     # ---- one job
 
+    @contextmanager
+    def _one_job(self) -> Iterator[None]:
+        """While it lasts, no other job can start: both would count on the same memory."""
+        if self._busy:
+            raise UsageError(
+                "another job is under way on this engine; finish or close its iterator first"
+            )
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
     def _run(
         self, batches: Iterable[Sequence[Row]], purpose: Purpose, num_generated: Callable[[], int]
-    ) -> Iterator[None]:
+    ) -> Generator[None, None, None]:
         """Run rows given as micro-batches; yields after each visit."""
         assert self.plan is not None and self._store is not None and self._weights is not None
+        store = self._store
         clock = Clock()
         work = JobWork(
             self._weights,
-            self._store,
+            store,
             self.plan.policy.activations,
             purpose,
             clock,
             self.plan.needs,
         )
-        admission = _Admission(self.plan, self.spec_shape(), self._store, work, batches)
+        admission = _Admission(self.plan, self.spec_shape(), store, work, batches)
         rota = Rota(
-            self.spec.num_schedule_layers, self.plan.policy.sweep_tokens, admission.admit
+            self.spec.num_schedule_layers,
+            self.plan.policy.sweep_tokens,
+            admission.admit,
+            lambda: admission.is_waiting,
         )
         started_s = time.perf_counter()
         clock.start()
-        for _ in execute(rota.visits(), work):
-            yield
-        self._store.drain()
+        try:
+            for _ in execute(rota.visits(), work):
+                yield
+            store.drain()
+        except GeneratorExit:
+            if self._store is store:  # else the engine was closed before its iterator
+                work.abandon()
+                store.drain()
+            raise
+        except BaseException:
+            self._unload()
+            raise
         self.report = report(
             plan=self.plan,
-            store=self._store,
+            store=store,
             clock=clock,
             load_s=self._load_s,
             total_s=time.perf_counter() - started_s,
@@ -208,14 +248,24 @@ class Engine:
 
     # ---- plans
 
-    def _prepare(self, job: JobSizes) -> Plan:
-        """A plan for the job; loads the weights if this is the first one."""
-        if job.columns > self.spec.max_positions:
+    def _check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        # The last token that is sampled is never computed, and needs no position.
+        if prompt_tokens + new_tokens - 1 > self.spec.max_positions:
             raise UsageError(
-                f"a row of {job.prompt_tokens} prompt tokens and {job.new_tokens} new ones is "
-                f"longer than the {self.spec.max_positions} positions of {self.model_name}"
+                f"a row of {prompt_tokens} prompt tokens and {new_tokens} new ones is longer than "
+                f"the {self.spec.max_positions} positions of {self.model_name}"
             )
-        plan = self._make_plan(job)
+
+    def _prepare(self, job: JobSizes) -> Plan:
+        """A plan for the job; loads the weights unless they lie already where it wants them."""
+        try:
+            plan = self._make_plan(job)
+        except DoesNotFit:
+            if self._weights is None:
+                raise
+            # What an earlier job left resident may be what is in the way.
+            self._unload()
+            plan = self._make_plan(job)
         if self._on_plan is not None and plan != self.plan:
             self._on_plan(plan)
         self.plan = plan
@@ -233,7 +283,7 @@ class Engine:
         capabilities = self.backend.capabilities
         preferred = capabilities.page_tokens
         choice = self._choice
-        if self.plan is not None:  # what is loaded stays where it is
+        if self._weights is not None and self.plan is not None:  # what is loaded stays there
             choice = replace(choice, weights=self.plan.policy.weights)
         policy = self._policy or choose(
             sizes,
@@ -272,12 +322,52 @@ class Engine:
             raise
         self._store, self._weights = store, weights
 
+    def _unload(self) -> None:
+        """Give the weights back, and all that was made on disk."""
+        store, self._store, self._weights = self._store, None, None
+        self._work_bytes = 0
+        if store is not None:
+            store.close()
+
     def _set_aside(self, work_bytes: int) -> None:
         """Count what computing takes as used."""
         assert self._store is not None
         self._store.device.unreserve(self._work_bytes)
+        self._work_bytes = 0
         self._store.device.reserve(work_bytes)
         self._work_bytes = work_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Area:
+    """The cache that the plan has for a batch: whole pages of its rows."""
+
+    num_pages: int
+    page_tokens: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Area:
+        """Rows times pages of the batch that was planned for."""
+        area = cls(num_pages=0, page_tokens=plan.page_tokens)
+        rows = (
+            plan.policy.batch_size
+            if plan.job.num_rows is None
+            else min(plan.policy.batch_size, plan.job.num_rows)
+        )
+        return replace(area, num_pages=rows * area.pages(plan.job.columns))
+
+    def pages(self, columns: int) -> int:
+        """Pages of one row."""
+        return -(-columns // self.page_tokens)
+
+    def holds(self, requests: Sequence[Request]) -> bool:
+        """Whether these rows together take no more than what was planned for.
+
+        Rows that come after those looked at may be longer; there are fewer of them in a batch.
+        """
+        prompt_tokens = max(len(request.token_ids) for request in requests)
+        new_tokens = max(request.sampling.max_tokens for request in requests)
+        return len(requests) * self.pages(prompt_tokens + new_tokens - 1) <= self.num_pages
 
 
 class _Admission:
@@ -301,6 +391,12 @@ class _Admission:
         self._waiting: deque[Sequence[Row]] = deque()
         self._dealer = Dealer(plan.policy.cache)
         self._num_batches = 0
+        self._all_read = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there are rows that were not let in yet."""
+        return bool(self._waiting) or not self._all_read
 
     def admit(self) -> Iterator[BatchPlan]:
         """The plans of batches that can start now."""
@@ -308,11 +404,14 @@ class _Admission:
             if not self._waiting:
                 self._waiting.extend(islice(self._source, 1))
             if not self._waiting:
+                self._all_read = True
                 return
             rows = self._waiting.popleft()
+            dealer = deepcopy(self._dealer)
             try:
                 batch = self._batch(rows)
             except OutOfMemory as error:
+                self._dealer = dealer
                 if self._work.batches:
                     self._waiting.appendleft(rows)
                     return

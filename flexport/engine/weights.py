@@ -80,7 +80,10 @@ def place_weights(
 ) -> list[list[Shard]]:
     """The shards of each layer of the schedule, by the weight split."""
     found_layers = [
-        [(tensor, next(files[name] for name in tensor.names if name in files)) for tensor in tensors]
+        [
+            (tensor, next(files[name] for name in tensor.names if name in files))
+            for tensor in tensors
+        ]
         for tensors in (tensor_names(spec, layer) for layer in range(spec.num_schedule_layers))
     ]
     sizes = [sum(file.num_bytes for _, file in found) for found in found_layers]

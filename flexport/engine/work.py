@@ -28,6 +28,7 @@ from flexport.store.store import Store
 
 __all__ = ["JobWork", "Purpose"]
 
+
 class Purpose(Protocol):
     """What a job wants of its logits."""
 
@@ -177,9 +178,7 @@ class JobWork:
     def _decoder_layer(self, batch: Batch, visit: Visit, layer: LayerLease) -> None:
         piece = visit.piece
         x_TD = self._hidden.take(piece)
-        attend = batch.cache.attend(
-            piece, batch.live(piece), self._held[visit], batch.keeps(piece)
-        )
+        attend = batch.cache.attend(piece, batch.live(piece), self._held[visit], batch.keeps(piece))
         self._hidden.put(piece, decoder_layer(self._spec, layer, x_TD, attend))
 
     def _head(self, batch: Batch, visit: Visit, layer: LayerLease) -> None:

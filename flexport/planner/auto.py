@@ -15,7 +15,7 @@ from typing import Any
 from flexport.errors import DoesNotFit
 from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint
 from flexport.policy import Budgets, Policy, Split
-from flexport.units import format_bytes
+from flexport.units import format_bytes, parse_bytes
 
 __all__ = ["Choice", "Rates", "check", "choose", "predicted_tok_s"]
 
@@ -89,7 +89,10 @@ def choose(
                 if best is None or score > best[0] * 1.001:
                     best = (score, policy)
     if best is None:
-        smallest = _filled(next(_blocks(model, job, fixed)), fixed, True, unified, lambda _: False)
+        smallest = min(
+            _smallest(next(_blocks(model, job, fixed)), fixed),
+            key=lambda policy: _missing_bytes(needs(policy), budgets),
+        )
         raise _refusal(needs(smallest), smallest, budgets)
     return best[1]
 
@@ -255,6 +258,31 @@ def _paced(
     return paced if fits(paced) else policy
 
 
+def _smallest(block: Policy, fixed: Choice) -> list[Policy]:
+    """The policies that may take least; a short row's cache is smaller than its way to disk."""
+    if fixed.cache is not None:
+        return [block]
+    return [block, replace(block, cache=Split()), replace(block, cache=Split(device=0, host=1))]
+
+
+def _missing_bytes(needs: Footprint, budgets: Budgets) -> int:
+    """How far the budgets of all tiers together are from what is needed."""
+    memory_bytes = budgets.device_bytes + (budgets.host_bytes if needs.unified else 0)
+    return (
+        max(0, needs.device_bytes - memory_bytes)
+        + max(0, needs.host_bytes - budgets.host_bytes)
+        + max(0, needs.disk_bytes - budgets.disk_bytes)
+    )
+
+
+def _enough(num_bytes: int) -> str:
+    """A size for people that is not below num_bytes when it is typed in again."""
+    shown_bytes = num_bytes
+    while parse_bytes(format_bytes(shown_bytes)) < num_bytes:
+        shown_bytes += max(1, num_bytes // 500)
+    return format_bytes(shown_bytes)
+
+
 def _refusal(needs: Footprint, policy: Policy, budgets: Budgets) -> DoesNotFit:
     memory_bytes = budgets.device_bytes + (budgets.host_bytes if needs.unified else 0)
     lines = []
@@ -265,7 +293,7 @@ def _refusal(needs: Footprint, policy: Policy, budgets: Budgets) -> DoesNotFit:
     ):
         if needed > found:
             lines.append(
-                f"--{tier}-memory is {format_bytes(found)}, and it takes {format_bytes(needed)}"
+                f"--{tier}-memory is {format_bytes(found)}, and it takes {_enough(needed)}"
             )
     return DoesNotFit(
         f"the budgets are too small for {policy.batch_size} x {policy.num_batches} rows: "

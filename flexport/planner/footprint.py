@@ -229,7 +229,8 @@ def footprint(
     slack_bytes = len(model.layer_bytes) * model.layer_slack_bytes
     far_bytes, disk_bytes = _streamed(model, policy.weights, unified)
     near_bytes = max(
-        own - away for own, away in zip(model.layer_bytes, _far(model, policy, unified), strict=True)
+        own - away
+        for own, away in zip(model.layer_bytes, _far(model, policy, unified), strict=True)
     )
     load_bytes = round(near_bytes) + model.layer_slack_bytes if near_bytes > 0 else 0
 
@@ -290,9 +291,7 @@ def _far(model: ModelSizes, policy: Policy, unified: bool) -> list[float]:
     ]
 
 
-def _streamed(
-    model: ModelSizes, split: Split, unified: bool
-) -> tuple[list[float], list[float]]:
+def _streamed(model: ModelSizes, split: Split, unified: bool) -> tuple[list[float], list[float]]:
     """Of each layer, the bytes that stream to the device, and those that come from disk."""
     splits = layer_splits(model.layer_bytes, split)
     sizes = list(model.layer_bytes)

@@ -149,15 +149,22 @@ class Rota:
     """Sweep after sweep, until no batch is left."""
 
     def __init__(
-        self, num_layers: int, sweep_tokens: int, admit: Callable[[], Iterable[BatchPlan]]
+        self,
+        num_layers: int,
+        sweep_tokens: int,
+        admit: Callable[[], Iterable[BatchPlan]],
+        is_waiting: Callable[[], bool],
     ) -> None:
         """`admit` is asked before each sweep for batches that can join now.
 
-        sweep_tokens bounds the prompt tokens of a sweep; 0 is no bound.
+        `is_waiting` says whether some can't join yet, because what batches that have ended hold
+        comes free only when the visits fetched ahead for them have passed. sweep_tokens bounds
+        the prompt tokens of a sweep; 0 is no bound.
         """
         self._num_layers = num_layers
         self._sweep_tokens = sweep_tokens
         self._admit = admit
+        self._is_waiting = is_waiting
         self._batches: list[BatchPlan] = []
 
     def visits(self) -> Iterator[Visit | None]:
@@ -170,7 +177,7 @@ class Rota:
             if pieces:
                 yield from zigzag(sweep, self._num_layers, pieces)
                 sweep += 1
-            elif self._batches:
+            elif self._batches or self._is_waiting():
                 yield None
             else:
                 return

@@ -7,7 +7,8 @@ is a prefix of them, and a test says itself where a row ends.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import OPTForCausalLM
 
 import flexport
 from flexport import SamplingParams
+from flexport.engine.plan import Plan
 from flexport.testing.checkpoints import tiny_opt
 
 NUM_PROMPTS = 10
@@ -89,14 +91,61 @@ def greedy(max_tokens: int, **fields: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **fields)
 
 
+def _continue_greedily(
+    llm: flexport.LLM, prompts: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> list[list[int]]:
+    outputs = llm.generate(prompts, [greedy(length) for length in lengths])
+    return [output.outputs[0].token_ids for output in outputs]
+
+
 @pytest.fixture(scope="session")
-def continue_greedily() -> Callable[[flexport.LLM, Sequence[Sequence[int]], Sequence[int]], Any]:
+def continue_greedily() -> Callable[..., list[list[int]]]:
     """continue_greedily(llm, prompts, lengths): the token ids of each continuation."""
+    return _continue_greedily
 
-    def run(
-        llm: flexport.LLM, prompts: Sequence[Sequence[int]], lengths: Sequence[int]
-    ) -> list[list[int]]:
-        outputs = llm.generate(prompts, [greedy(length) for length in lengths])
-        return [output.outputs[0].token_ids for output in outputs]
 
-    return run
+class _PlanKnown(Exception):
+    """The plan is all that was wanted."""
+
+
+@pytest.fixture(scope="session")
+def plan_for() -> Callable[..., Plan]:
+    """plan_for(prompts, lengths, **options): what an LLM of these options would do, undone."""
+
+    def get(prompts: Sequence[Sequence[int]], lengths: Sequence[int], **options: Any) -> Plan:
+        plans: list[Plan] = []
+
+        def stop(plan: Plan) -> None:
+            plans.append(plan)
+            raise _PlanKnown
+
+        with flexport.LLM(**options, on_plan=stop) as llm, pytest.raises(_PlanKnown):
+            _continue_greedily(llm, prompts, lengths)
+        return plans[0]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pool_bytes() -> Callable[[flexport.LLM], tuple[int, ...]]:
+    """pool_bytes(llm): what is in use now on device, host and disk."""
+
+    def get(llm: flexport.LLM) -> tuple[int, ...]:
+        store = llm.engine._store
+        assert store is not None
+        spilled_bytes = store._spill.used_bytes if store._spill else 0
+        return store.device.used_bytes, store.host.used_bytes, spilled_bytes
+
+    return get
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path) -> Iterator[Path]:
+    """An offload directory that must be empty in the end, when no thread may be left either."""
+    directory = tmp_path / "offload"
+    directory.mkdir()
+
+    yield directory
+
+    assert list(directory.iterdir()) == []
+    assert [t.name for t in threading.enumerate() if t.name.startswith("flexport")] == []

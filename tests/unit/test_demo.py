@@ -64,7 +64,7 @@ def test_every_value_but_a_renamed_one_stands_in_the_record():
 
     for prompt, values in fields:
         assert prompt.endswith(PROMPT_END)
-        for key in {"name", "city", "item", "price"} & values.keys():
+        for key in {"name", "city", "item", "price", "code"} & values.keys():
             assert values[key] in prompt
 
 

@@ -15,7 +15,7 @@ from flexport.bench.peers.generate import peer_main
 __all__ = ["load"]
 
 
-def load(model: Path, scratch: Path) -> Any:
+def load(model: Path, _: Path) -> Any:
     """The model on mapped weights."""
     import torch
     from safetensors.torch import load_file

@@ -1,0 +1,135 @@
+"""Budgets are hard caps: refused early where they are too small, and enough where they are not."""
+
+from __future__ import annotations
+
+import re
+from contextlib import closing
+
+import pytest
+
+import flexport
+from flexport import SamplingParams
+from flexport.errors import DoesNotFit, UsageError
+from flexport.testing.discrete import DiscreteBackend
+
+SIZE = re.compile(r"--(device|host|disk)-memory is .*?, and it takes (\d[^;]*?B)(?:;|$)")
+
+
+def _asked_for(error: DoesNotFit) -> dict[str, str]:
+    """The sizes that a refusal says would do."""
+    return {f"{tier}_memory": size for tier, size in SIZE.findall(str(error))}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"percent": [100, 0, 100, 0, 100, 0]},
+        {"percent": [0, 0, 0, 0, 0, 0], "batch_size": 3, "num_batches": 2},
+        {"percent": [50, 25, 50, 25, 50, 25], "batch_size": 2, "num_batches": 3},
+    ],
+)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_what_a_refusal_says_would_do_does(
+    options, discrete, reference, continue_greedily, nothing_left
+):
+    found = reference()
+    budgets: dict[str, int | str] = {"device_memory": 1000, "host_memory": 1000}
+    budgets["disk_memory"] = 0
+
+    with closing(DiscreteBackend()) as backend:
+        options = {
+            **options,
+            "backend": backend if discrete else "cpu",
+            "dtype": "float32",
+            "offload_dir": nothing_left,
+        }
+        with (
+            flexport.LLM(found.directory, **options, **budgets) as llm,
+            pytest.raises(DoesNotFit) as refusal,
+        ):
+            continue_greedily(llm, found.prompts, [14] * 10)
+        with flexport.LLM(
+            found.directory, **options, **{**budgets, **_asked_for(refusal.value)}
+        ) as llm:
+            ids = continue_greedily(llm, found.prompts, [14] * 10)
+
+    assert _asked_for(refusal.value)
+    assert ids == found.greedy
+
+
+def test_a_refusal_comes_before_any_weight_is_read(reference, nothing_left, monkeypatch):
+    read: list[object] = []
+    monkeypatch.setattr(
+        "flexport.store.direct_io.DirectFile.read_into", lambda *args: read.append(args)
+    )
+
+    with (
+        flexport.LLM(reference().directory, device_memory=1000, offload_dir=nothing_left) as llm,
+        pytest.raises(DoesNotFit),
+    ):
+        llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+
+    assert read == []
+
+
+def test_memory_is_used_up_to_its_budget_and_never_beyond(
+    reference, continue_greedily, plan_for, nothing_left
+):
+    found = reference()
+    job = (found.prompts, [14] * 10)
+    options = {
+        "model": found.directory,
+        "dtype": "float32",
+        "percent": [0, 0, 0, 0, 0, 0],
+        "batch_size": 2,
+        "num_batches": 3,
+        "offload_dir": nothing_left,
+    }
+    least_bytes = plan_for(*job, **options, device_memory="64MiB").needs.device_bytes
+    peaks = []
+
+    for slack in (1.0, 4.0):
+        budget = int(least_bytes * slack)
+        with flexport.LLM(**options, device_memory=budget) as llm:
+            assert continue_greedily(llm, *job) == found.greedy
+            peaks.append(llm.report["peak_bytes"]["device"])
+            assert peaks[-1] <= budget
+
+    # More look-ahead is what more memory is for.
+    assert peaks[0] <= peaks[1]
+    assert peaks[0] > 0.4 * least_bytes
+
+
+def test_weights_that_an_earlier_job_left_in_memory_make_way_for_a_larger_job(
+    reference, continue_greedily, plan_for, nothing_left
+):
+    found = reference()
+    options = {
+        "model": found.directory,
+        "dtype": "float32",
+        "batch_size": 10,
+        "num_batches": 1,
+        "offload_dir": nothing_left,
+    }
+    tight = {"percent": [0, 0, 100, 0, 100, 0], "device_memory": "64MiB"}
+    budget = plan_for(found.prompts, [14] * 10, **options, **tight).needs.device_bytes
+
+    with flexport.LLM(**options, device_memory=budget, disk_memory=0) as llm:
+        short = continue_greedily(llm, [found.prompts[0]], [1])
+        weights_before = llm.plan.policy.weights
+        long = continue_greedily(llm, found.prompts, [14] * 10)
+
+    assert short == [found.continued(0, 1)]
+    assert long == found.greedy
+    assert llm.plan.policy.weights.device < weights_before.device
+
+
+def test_a_row_longer_than_the_model_is_refused_before_anything_runs(reference, nothing_left):
+    engine = flexport.LLM(reference().directory, offload_dir=nothing_left).engine
+    request = flexport.records.Request(
+        request_id="0", token_ids=(5,) * 100, sampling=SamplingParams(max_tokens=30)
+    )
+
+    with engine, pytest.raises(UsageError, match="128 positions"):
+        list(engine.generate([request]))
