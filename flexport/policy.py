@@ -84,12 +84,19 @@ class Policy:
             if not isinstance(value, int) or value < 1:
                 raise PolicyError(f"{name} must be a whole number >= 1, got {value!r}")
         if not isinstance(self.sweep_tokens, int) or self.sweep_tokens < 0:
-            raise PolicyError(f"sweep_tokens must be >= 0 (0 = no bound), got {self.sweep_tokens!r}")
+            raise PolicyError(
+                f"sweep_tokens must be >= 0 (0 = no bound), got {self.sweep_tokens!r}"
+            )
 
     @property
     def block_size(self) -> int:
         """Rows that share one sweep over the weights."""
         return self.batch_size * self.num_batches
+
+    @property
+    def visit_tokens(self) -> int:
+        """The most prompt tokens of one visit."""
+        return min(self.prefill_tokens, self.sweep_tokens or self.prefill_tokens)
 
     @staticmethod
     def splits_from_percent(percent: Sequence[float]) -> tuple[Split, Split, Split]:
@@ -131,7 +138,9 @@ class Policy:
         except ValueError as error:  # not JSON, or not text at all
             raise PolicyError(f"the policy file {path} is not JSON: {error}") from error
         if not isinstance(data, dict):
-            raise PolicyError(f"the policy file {path} holds a {type(data).__name__}, not an object")
+            raise PolicyError(
+                f"the policy file {path} holds a {type(data).__name__}, not an object"
+            )
         try:
             return cls.from_dict(data)
         except PolicyError as error:

@@ -31,7 +31,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def as_tensor(bytes_B: Tensor, offset_bytes: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def as_tensor(
+    bytes_B: Tensor, offset_bytes: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
     """A view of a flat uint8 tensor's memory as a contiguous tensor; nothing is copied.
 
     The offset must be a multiple of the item size (safetensors promises that).

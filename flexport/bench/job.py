@@ -30,27 +30,20 @@ __all__ = ["commit", "process_peak_bytes", "result", "run_repeats", "table"]
 def run_repeats(
     llm: LLM, work: Workload, repeats: int, say: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """Run the work `repeats` times on an engine that has run nothing yet; the reports, in order.
-
-    A report's `moved_bytes` are that run's own.
-    """
+    """Run the work `repeats` times on one engine; the reports, in order."""
     sampling = SamplingParams(max_tokens=work.gen_len, ignore_eos=True)
     requests = [
         Request(request_id=str(index), token_ids=tuple(ids), sampling=sampling)
         for index, ids in enumerate(work.prompts(llm.vocab_size))
     ]
     reports: list[dict[str, Any]] = []
-    before: Mapping[str, int] | None = None
     for repeat in range(repeats):
         num_tokens = 0
         for completion in llm.engine.generate(requests):
             num_tokens += len(completion.token_ids)
         assert num_tokens == work.num_new_tokens, (num_tokens, work)
         report = llm.report
-        after = dict(report["moved_bytes"])
-        moved_bytes = _less(after, _loaded_bytes(report) if before is None else before)
-        reports.append({**report, "moved_bytes": moved_bytes})
-        before = after
+        reports.append(report)
         rate, seconds = report["throughput"]["generation_tok_s"], report["seconds"]
         say(
             f"run {repeat + 1} of {repeats}: {rate:.1f} tok/s "
@@ -174,22 +167,6 @@ def process_peak_bytes() -> int | None:
 
 
 _DISK_LANES = ("disk_to_host", "host_to_disk")
-
-
-def _loaded_bytes(report: Mapping[str, Any]) -> dict[str, int]:
-    """What the lanes had moved before the first run: the weights that stay, each once."""
-    weights = report["placement"]["weights"]
-    device_bytes, host_bytes = weights["device"]["bytes"], weights["host"]["bytes"]
-    moved_host = report["moved_bytes"]["host_to_device"]
-    return {
-        "disk_to_host": device_bytes + host_bytes,
-        # Where memory is unified nothing goes over that link, in loading or later.
-        "host_to_device": device_bytes if moved_host else 0,
-    }
-
-
-def _less(after: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
-    return {name: max(0, count - before.get(name, 0)) for name, count in after.items()}
 
 
 def _gigabytes(num_bytes: float) -> str:

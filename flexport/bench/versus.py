@@ -6,7 +6,7 @@ is how well the disk and the cores are used together. First the machine's ceilin
 so that a speed has something to be judged by besides other programs.
 
 stdout gets one JSON line for each contestant and batch size and a last one with the ratios;
-stderr says how it goes, and ends with a table. A full run on OPT-1.3b shapes takes about 25
+stderr says how it goes, and ends with a table. A full run on OPT-1.3b shapes takes about 20
 minutes on two cores and 3 GB of disk in --dir, which are used again next time.
 """
 
@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the prompts")
     add("--num-prompts", type=int, default=64, help="flexport's prompts in memory")
     add("--repeats", type=int, default=3, help="flexport's runs in memory")
-    add("--capped-prompts", type=int, default=128, help="flexport's prompts under the cap")
+    add("--capped-prompts", type=int, default=512, help="flexport's prompts under the cap")
     add("--capped-repeats", type=int, default=1, help="flexport's runs under the cap")
     add("--memory-options", default="", help="more options of flexport bench, in memory")
     add("--capped-options", default="", help="more options of flexport bench, under the cap")

@@ -73,6 +73,9 @@ _FIRST_ENDS = "a o el en in ia us ie ar ette".split()
 _LAST_ENDS = "sen man ova ski ley ton ini ers well dal".split()
 _CITY_ENDS = "holm ford ville burg haven mouth stad wick by port".split()
 
+# Syllables put together blindly make rude words too; records that people look at do without.
+_RUDE = "dick dildo fuck homo klan kock piss prick pus semen suck".split()
+
 
 def _pool(name: str, ends: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """All words stem + ending in a fixed random order, cut into (training, held-out) words."""
@@ -288,6 +291,8 @@ class _Writer:
         """
         while True:
             word = self._rng.choice(words)
+            if self._subset == "demo" and any(part in word.lower() for part in _RUDE):
+                continue
             if word[:2] not in self._initials:
                 self._initials.add(word[:2])
                 return word

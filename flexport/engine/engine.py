@@ -34,7 +34,7 @@ from flexport.engine.work import JobWork, Purpose
 from flexport.errors import DoesNotFit, OutOfMemory, UsageError
 from flexport.intake.pack import pack
 from flexport.planner.auto import Choice, check, choose
-from flexport.planner.footprint import JobSizes, footprint, page_tokens_for
+from flexport.planner.footprint import JOIN_ROWS, JobSizes, footprint, page_tokens_for
 from flexport.policy import Budgets, Policy
 from flexport.records import Completion, Request
 from flexport.registry import open_backend
@@ -214,10 +214,12 @@ class Engine:
         rota = Rota(
             self.spec.num_schedule_layers,
             self.plan.policy.sweep_tokens,
+            JOIN_ROWS if self.plan.policy.sweep_tokens else 0,
             admission.admit,
             lambda: admission.is_waiting,
         )
         started_s = time.perf_counter()
+        before = store.lane_counts()
         clock.start()
         try:
             for _ in execute(rota.visits(), work):
@@ -235,6 +237,10 @@ class Engine:
             plan=self.plan,
             store=store,
             clock=clock,
+            lanes={
+                name: (moved - before[name][0], busy_s - before[name][1])
+                for name, (moved, busy_s) in store.lane_counts().items()
+            },
             load_s=self._load_s,
             total_s=time.perf_counter() - started_s,
             prompt_tokens=admission.prompt_tokens,
@@ -431,9 +437,9 @@ class _Admission:
     def _batch(self, rows: Sequence[Row]) -> Batch:
         lengths = [len(row.prompt_ids) for row in rows]
         max_steps = max(row.max_steps for row in rows)
-        bands = bands_of(lengths, self._policy.prefill_tokens)
+        bands = bands_of(lengths, self._policy.visit_tokens)
         columns = max(lengths) + max_steps - 1
-        chunked = max(lengths) > self._policy.prefill_tokens
+        chunked = max(lengths) > self._policy.visit_tokens
         cache = BatchCache(
             self._shape,
             self._store,
@@ -446,7 +452,7 @@ class _Admission:
             index=self._num_batches,
             rows=rows,
             bands=bands,
-            plan=BatchPlan(self._num_batches, lengths, max_steps, self._policy.prefill_tokens),
+            plan=BatchPlan(self._num_batches, lengths, max_steps, self._policy.visit_tokens),
             cache=cache,
             num_columns=max(lengths),
         )

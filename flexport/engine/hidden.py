@@ -1,6 +1,6 @@
 """Hidden states between layers, at home wherever the activation split puts their tokens.
 
-A piece's states leave one layer and are needed again at the next, a whole row of visits later.
+A group's states leave one layer and are needed again at the next, a whole row of visits later.
 They are cut by tokens; what is at home near the device stays one tensor.
 
 Dimension key: T tokens, D hidden features.
@@ -22,6 +22,8 @@ from flexport.torch_ops import as_tensor
 
 __all__ = ["HiddenStates"]
 
+Pieces = tuple[Piece, ...]
+
 
 @dataclass(slots=True, eq=False)
 class _Away:
@@ -41,13 +43,13 @@ class _States:
 
 
 class HiddenStates:
-    """The states of all pieces under way."""
+    """The states of all groups of pieces under way."""
 
     def __init__(self, store: Store, split: Split) -> None:
         self._store = store
         self._dealer = Dealer(split)
         self._near = {Tier.DEVICE, Tier.HOST} if store.unified else {Tier.DEVICE}
-        self._states: dict[Piece, _States] = {}
+        self._states: dict[Pieces, _States] = {}
 
     @property
     def used_bytes(self) -> tuple[int, int]:
@@ -61,8 +63,8 @@ class HiddenStates:
         )
         return near_bytes, host_bytes
 
-    def put(self, piece: Piece, x_TD: Tensor) -> None:
-        """Keep a piece's states until its next layer; takes x_TD over."""
+    def put(self, pieces: Pieces, x_TD: Tensor) -> None:
+        """Keep a group's states until its next layer; takes x_TD over."""
         states = _States()
         token_bytes = x_TD.shape[1] * x_TD.dtype.itemsize
         near_tokens = 0
@@ -79,19 +81,19 @@ class HiddenStates:
             states.near = x_TD if whole else x_TD[:near_tokens].clone()
             states.near_bytes = near_tokens * token_bytes
             self._store.device.reserve(states.near_bytes)
-        self._states[piece] = states
+        self._states[pieces] = states
 
-    def prefetch(self, piece: Piece) -> None:
-        """Start fetching a piece's states, if they are known already."""
-        states = self._states.get(piece)
+    def prefetch(self, pieces: Pieces) -> None:
+        """Start fetching a group's states, if they are known already."""
+        states = self._states.get(pieces)
         for away in states.away if states else ():
             if away.lease is None:
                 away.lease = self._store.fetch(away.kept)
 
-    def take(self, piece: Piece) -> Tensor:
-        """The piece's states (T, D), which are the caller's from now on."""
-        self.prefetch(piece)
-        states = self._states.pop(piece)
+    def take(self, pieces: Pieces) -> Tensor:
+        """The group's states (T, D), which are the caller's from now on."""
+        self.prefetch(pieces)
+        states = self._states.pop(pieces)
         self._store.device.unreserve(states.near_bytes)
         if states.near is not None and not states.away:
             return states.near
@@ -105,9 +107,9 @@ class HiddenStates:
             self._let_go(away)
         return x_TD
 
-    def drop(self, piece: Piece) -> None:
-        """Forget a piece's states, if there are any."""
-        states = self._states.pop(piece, None)
+    def drop(self, pieces: Pieces) -> None:
+        """Forget a group's states, if there are any."""
+        states = self._states.pop(pieces, None)
         if states is not None:
             self._store.device.unreserve(states.near_bytes)
             for away in states.away:
@@ -115,8 +117,8 @@ class HiddenStates:
 
     def close(self) -> None:
         """Forget all states."""
-        for piece in list(self._states):
-            self.drop(piece)
+        for pieces in list(self._states):
+            self.drop(pieces)
 
     def _send(self, x_TD: Tensor, tier: Tier) -> _Away:
         kept = self._store.keep("activations", x_TD.numel() * x_TD.dtype.itemsize, tier)

@@ -148,7 +148,11 @@ class LLM:
         sampling_params: SamplingParams | None = None,
     ) -> list[RequestOutput]:
         """One answer for each conversation, through the model's chat template."""
-        many = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+        many = (
+            [conversations]
+            if conversations and isinstance(conversations[0], Mapping)
+            else conversations
+        )
         tokenizer = self._need_tokenizer()
         prompts = [tokenizer.apply_chat_template(messages) for messages in many]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params)
@@ -198,7 +202,9 @@ class LLM:
     def _request(self, index: int, prompt: Prompt, sampling: SamplingParams) -> Request:
         ids = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
-            raise RowError("empty_prompt", f"prompt {index} has no tokens; there is nothing to continue")
+            raise RowError(
+                "empty_prompt", f"prompt {index} has no tokens; there is nothing to continue"
+            )
         if len(ids) + sampling.max_tokens > self.max_positions + 1:
             raise RowError(
                 "context_length_exceeded",
@@ -249,7 +255,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     listed = list(prompts)
     if listed and all(isinstance(item, int) for item in listed):
         return [listed]  # type: ignore[list-item]
-    return listed  # type: ignore[arg-type]
+    return listed  # type: ignore[return-value]  # the check above ruled single ids out
 
 
 def _bytes(size: int | str | None) -> int | None:

@@ -118,12 +118,12 @@ class Plan:
             else ""
         )
         pace = f", {policy.sweep_tokens} prompt tokens a sweep" if policy.sweep_tokens else ""
+        shape = f"{policy.num_batches} x {policy.batch_size}"
         return "\n".join(
             [
                 f"plan: {self.model} on {self.backend} in {self.dtype} ({self.dtype_reason})",
                 *_table(rows),
-                f"  {policy.num_batches} x {policy.batch_size} rows share each sweep over the "
-                f"weights{streams}{pace}",
+                f"  {shape} rows share each sweep over the weights{streams}{pace}",
             ]
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
@@ -24,12 +25,16 @@ def report(
     plan: Plan,
     store: Store,
     clock: Clock,
+    lanes: Mapping[str, tuple[int, float]],
     load_s: float,
     total_s: float,
     prompt_tokens: int,
     generated_tokens: int,
 ) -> dict[str, Any]:
-    """The report as plain data. Sizes are bytes, times seconds."""
+    """The report as plain data. Sizes are bytes, times seconds.
+
+    `lanes` has the bytes that each lane moved during the job, and the seconds it was busy.
+    """
     busy_s = clock.prefill_s + clock.decode_s
     return {
         "model": plan.model,
@@ -42,7 +47,7 @@ def report(
             "host": 0 if store.unified else store.host.peak_bytes,
             "disk": store.disk_peak_bytes,
         },
-        "moved_bytes": {name: lane.moved_bytes for name, lane in store.lanes.items()},
+        "moved_bytes": {name: moved for name, (moved, _) in lanes.items()},
         "seconds": {
             "load": load_s,
             "prefill": clock.prefill_s,
@@ -51,7 +56,7 @@ def report(
         },
         "busy_seconds": {
             "compute": clock.compute_s,
-            **{name: lane.busy_s for name, lane in store.lanes.items()},
+            **{name: lane_busy_s for name, (_, lane_busy_s) in lanes.items()},
         },
         "wait_seconds": {"compute": clock.wait_s},
         "tokens": {"prompt": prompt_tokens, "generated": generated_tokens},

@@ -54,6 +54,13 @@ class Batch:
         begin, end = (0, len(self.rows)) if piece.band is None else self.bands[piece.band]
         return [index for index in range(begin, end) if not self.rows[index].ended]
 
+    def num_tokens(self, piece: Piece) -> int:
+        """Tokens of the piece that are computed."""
+        live = self.live(piece)
+        if piece.band is None:
+            return len(live)
+        return sum(piece.stop - max(piece.start, self.start(index)) for index in live)
+
     def tokens(self, piece: Piece) -> tuple[list[int], list[int]]:
         """Ids and positions of the piece's tokens, row by row."""
         ids: list[int] = []

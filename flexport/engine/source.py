@@ -86,9 +86,7 @@ def open_source(
             found = [name for name in tensor.names if name in checkpoint.tensors]
             names[(found or tensor.names)[0]] = tensor.shape
     files = require(checkpoint, names)
-    extra = [
-        name for name in unexpected(checkpoint, names) if not name.endswith(IGNORED_SUFFIXES)
-    ]
+    extra = [name for name in unexpected(checkpoint, names) if not name.endswith(IGNORED_SUFFIXES)]
     if extra:
         raise UnsupportedModel(
             f"{checkpoint.name} has {len(extra)} tensors that its family {spec.family!r} has no "

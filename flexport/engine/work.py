@@ -20,13 +20,16 @@ from flexport.engine.hidden import HiddenStates
 from flexport.engine.rows import Batch, Row
 from flexport.engine.transfer import to_device
 from flexport.engine.weights import LayerLease, ModelWeights
-from flexport.models.decoder import decoder_layer, embed, head
+from flexport.models.decoder import Attend, decoder_layer, embed, head
 from flexport.planner.footprint import HEAD_TOKENS, Footprint
 from flexport.policy import Split
-from flexport.schedule.order import Visit
+from flexport.schedule.order import Piece, Visit
 from flexport.store.store import Store
 
 __all__ = ["JobWork", "Purpose"]
+
+Pieces = tuple[Piece, ...]
+_Part = tuple[Batch, Piece]
 
 
 class Purpose(Protocol):
@@ -78,7 +81,8 @@ class JobWork:
         self._behind_bytes = needs.headroom_bytes
         self._states_bytes = needs.states_bytes
         self._layers: dict[tuple[int, int], LayerLease] = {}
-        self._held: dict[Visit, HeldBands] = {}
+        self._held: dict[tuple[int, Piece], HeldBands] = {}
+        """The pages of each piece, by layer."""
         self._ahead: deque[Visit] = deque()
 
     # ---- what the schedule's loop asks
@@ -90,9 +94,8 @@ class JobWork:
         device_bytes, host_bytes = (
             self._weights.staging_bytes(visit.layer) if visit.first else (0, 0)
         )
-        if self._attends(visit):
-            batch = self.batches[visit.piece.batch]
-            pages = batch.cache.staging_bytes(visit.layer - 1, visit.piece)
+        for batch, piece in self._attending(visit):
+            pages = batch.cache.staging_bytes(visit.layer - 1, piece)
             device_bytes, host_bytes = device_bytes + pages[0], host_bytes + pages[1]
         if device_bytes + host_bytes == 0:
             return True
@@ -106,9 +109,8 @@ class JobWork:
         """Start what streams to the visit: its layer's weights if it is the first, its pages."""
         if visit.first:
             self._layers[visit.sweep, visit.layer] = self._weights.fetch(visit.layer)
-        if self._attends(visit):
-            batch = self.batches[visit.piece.batch]
-            self._held[visit] = batch.cache.fetch(visit.layer - 1, visit.piece)
+        for batch, piece in self._attending(visit):
+            self._held[visit.layer, piece] = batch.cache.fetch(visit.layer - 1, piece)
         self._ahead.append(visit)
 
     def ready(self, visit: Visit) -> Ticket:
@@ -116,42 +118,47 @@ class JobWork:
         self._store.check()
         assert self._ahead[0] == visit, (self._ahead[0], visit)
         tickets: list[Ticket] = [self._layers[visit.sweep, visit.layer]]
-        if visit in self._held:
-            batch = self.batches[visit.piece.batch]
-            tickets += batch.cache.tickets(self._held[visit])
+        for piece in visit.pieces:
+            if (visit.layer, piece) in self._held:
+                batch = self.batches[piece.batch]
+                tickets += batch.cache.tickets(self._held[visit.layer, piece])
         return _Ready(tickets, self._clock)
 
     def compute(self, visit: Visit) -> None:
-        """One piece through one layer, unless its batch has ended since it was planned."""
+        """A group of pieces through one layer; those whose batch has ended meanwhile are left out."""
         self._ahead.popleft()
         if self._ahead:
-            self._hidden.prefetch(self._ahead[0].piece)
-        batch = self.batches.get(visit.piece.batch)
-        if batch is None or batch.plan.ended:
+            self._hidden.prefetch(self._ahead[0].pieces)
+        parts = self._parts(visit)
+        if not parts:
             return
         layer = self._layers[visit.sweep, visit.layer]
         with self._clock.computing(), torch.inference_mode():
             if visit.layer == 0:
-                self._embed(batch, visit, layer)
+                self._embed(visit.pieces, parts, layer)
             elif visit.layer == self._spec.head_layer:
-                self._head(batch, visit, layer)
+                self._head(visit.pieces, parts, layer)
             else:
-                self._decoder_layer(batch, visit, layer)
+                self._decoder_layer(visit, parts, layer)
 
     def write_back(self, visit: Visit) -> None:
         """Send pages home, and let go of the layer after its last visit of the sweep."""
-        held = self._held.pop(visit, None)
-        batch = self.batches.get(visit.piece.batch)
-        if held is not None and batch is not None:
+        for piece in visit.pieces:
+            held = self._held.pop((visit.layer, piece), None)
+            if held is None:
+                continue
+            batch = self.batches[piece.batch]
             if batch.plan.ended:
                 batch.cache.release(held)
             else:
-                batch.cache.write_back(held, batch.live(visit.piece))
+                batch.cache.write_back(held, batch.live(piece))
         if visit.last:
             self._layers.pop((visit.sweep, visit.layer)).release()
-        if batch is not None and batch.plan.ended and not self._is_awaited(batch):
-            self._retire(batch)
-        self._clock.lap(decode=visit.piece.band is None)
+        for index in {piece.batch for piece in visit.pieces} & set(self.batches):
+            batch = self.batches[index]
+            if batch.plan.ended and not self._is_awaited(batch):
+                self._retire(batch)
+        self._clock.lap(decode=visit.pieces[0].band is None)
 
     def abandon(self) -> None:
         """Give everything back in the middle of a job, which is not gone on with."""
@@ -170,35 +177,59 @@ class JobWork:
 
     # ---- the three kinds of layers
 
-    def _embed(self, batch: Batch, visit: Visit, layer: LayerLease) -> None:
-        ids, positions = batch.tokens(visit.piece)
+    def _embed(self, key: Pieces, parts: Sequence[_Part], layer: LayerLease) -> None:
+        ids: list[int] = []
+        positions: list[int] = []
+        for batch, piece in parts:
+            for all_of, new in zip((ids, positions), batch.tokens(piece), strict=True):
+                all_of.extend(new)
         x_TD = embed(self._spec, layer, torch.tensor(ids), torch.tensor(positions))
-        self._hidden.put(visit.piece, x_TD)
+        self._hidden.put(key, x_TD)
 
-    def _decoder_layer(self, batch: Batch, visit: Visit, layer: LayerLease) -> None:
-        piece = visit.piece
-        x_TD = self._hidden.take(piece)
-        attend = batch.cache.attend(piece, batch.live(piece), self._held[visit], batch.keeps(piece))
-        self._hidden.put(piece, decoder_layer(self._spec, layer, x_TD, attend))
+    def _decoder_layer(self, visit: Visit, parts: Sequence[_Part], layer: LayerLease) -> None:
+        x_TD = self._hidden.take(visit.pieces)
+        attends = []
+        for batch, piece in parts:
+            live = batch.live(piece)
+            held = self._held[visit.layer, piece]
+            attend = batch.cache.attend(piece, live, held, batch.keeps(piece))
+            attends.append((batch.num_tokens(piece), attend))
+        attend = attends[0][1] if len(attends) == 1 else _side_by_side(attends)
+        self._hidden.put(visit.pieces, decoder_layer(self._spec, layer, x_TD, attend))
 
-    def _head(self, batch: Batch, visit: Visit, layer: LayerLease) -> None:
-        x_TD = self._hidden.take(visit.piece)
-        rows, places = batch.wanted(visit.piece)
+    def _head(self, key: Pieces, parts: Sequence[_Part], layer: LayerLease) -> None:
+        x_TD = self._hidden.take(key)
+        rows: list[tuple[Row, int]] = []
+        places: list[int] = []
+        at = 0
+        for batch, piece in parts:
+            wanted, of_piece = batch.wanted(piece)
+            rows.extend(wanted)
+            places.extend(at + place for place in of_piece)
+            at += batch.num_tokens(piece)
         if not places:
             return
         if len(places) < x_TD.shape[0]:
             x_TD = x_TD[to_device(self._store.backend, torch.tensor(places))]
         for group, begin, end in _groups(rows, HEAD_TOKENS):
             self._purpose.take(group, head(self._spec, layer, x_TD[begin:end]))
-        if all(row.ended for row in batch.rows):
-            batch.plan.ended = True
+        for batch, _ in parts:
+            if all(row.ended for row in batch.rows):
+                batch.plan.ended = True
 
     # ---- inside
 
-    def _attends(self, visit: Visit) -> bool:
-        batch = self.batches.get(visit.piece.batch)
-        is_decoder_layer = 0 < visit.layer < self._spec.head_layer
-        return is_decoder_layer and batch is not None and not batch.plan.ended
+    def _parts(self, visit: Visit) -> list[_Part]:
+        """The visit's pieces whose batches are still going."""
+        return [
+            (self.batches[piece.batch], piece)
+            for piece in visit.pieces
+            if piece.batch in self.batches and not self.batches[piece.batch].plan.ended
+        ]
+
+    def _attending(self, visit: Visit) -> list[_Part]:
+        """The same, for a layer that has a cache."""
+        return self._parts(visit) if 0 < visit.layer < self._spec.head_layer else []
 
     def _headroom(self) -> tuple[int, int]:
         """What has to stay free: room for what computing leaves, and for states to come."""
@@ -210,7 +241,7 @@ class JobWork:
         )
 
     def _is_awaited(self, batch: Batch) -> bool:
-        return any(visit.piece.batch == batch.index for visit in self._ahead)
+        return any(piece.batch == batch.index for visit in self._ahead for piece in visit.pieces)
 
     def _retire(self, batch: Batch) -> None:
         batch.cache.drop()
@@ -220,10 +251,25 @@ class JobWork:
 
 def _same_pages(visit: Visit, other: Visit) -> bool:
     """Whether the visit needs pages that the other one, which comes before, writes to."""
-    if visit.layer != other.layer or visit.piece.batch != other.piece.batch:
-        return False
-    bands = {visit.piece.band, other.piece.band}
-    return None in bands or len(bands) == 1
+    return visit.layer == other.layer and any(
+        piece.batch == before.batch
+        and (None in (piece.band, before.band) or piece.band == before.band)
+        for piece in visit.pieces
+        for before in other.pieces
+    )
+
+
+def _side_by_side(attends: Sequence[tuple[int, Attend]]) -> Attend:
+    """Attention of pieces whose tokens lie end to end: (number of tokens, how they attend)."""
+
+    def attend(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        sizes = [num_tokens for num_tokens, _ in attends]
+        parts = zip(
+            attends, q_THE.split(sizes), k_TKE.split(sizes), v_TKE.split(sizes), strict=True
+        )
+        return torch.cat([one(q, k, v) for (_, one), q, k, v in parts])
+
+    return attend
 
 
 def _groups(

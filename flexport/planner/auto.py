@@ -23,9 +23,6 @@ BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BATCH_ROWS = 64
 """Rows of a micro-batch: matrix kernels are near their best from here on."""
 
-PACED_BATCHES = 8
-"""Batches of a block whose prompts are spread over the sweeps."""
-
 STEPS = 14
 """Halvings in a search for a share: exact to 1/16384, far below one row."""
 
@@ -79,12 +76,9 @@ def choose(
 
     best: tuple[float, Policy] | None = None
     for block in _blocks(model, job, fixed):
-        for shape in _paces(block, job, fixed):
-            for cache_first in (True, False):
-                policy = _filled(shape, fixed, cache_first, unified, fits)
-                if not fits(policy):
-                    continue
-                policy = _paced(policy, fixed, model, job, rates, unified, fits)
+        for cache_first in (True, False):
+            policy = _filled(block, fixed, cache_first, unified, fits)
+            if fits(policy):
                 score = predicted_tok_s(model, job, policy, rates, unified)
                 if best is None or score > best[0] * 1.001:
                     best = (score, policy)
@@ -119,18 +113,8 @@ def predicted_tok_s(
     """Generated tokens a second of the whole job, if every lane runs at its rate."""
     rows = policy.block_size if job.num_rows is None else min(policy.block_size, job.num_rows)
     prefill_s, moved_s, compute_s = _seconds(model, job, policy, rates, unified, rows)
-    if not policy.sweep_tokens:
-        step_s = max(moved_s, compute_s)
-        return rows * job.new_tokens / (prefill_s + job.new_tokens * step_s)
-    # Every batch is prefilled over some sweeps and decoded over the rest of its stay. Where the
-    # job's end is known, its last batches run in sweeps that get emptier.
-    batch_tokens = min(policy.batch_size, rows) * job.prompt_tokens
-    sweeps = job.new_tokens + batch_tokens / policy.sweep_tokens
-    prompts_s = rows * job.prompt_tokens * model.token_flops / rates.flops_per_s / sweeps
-    step_s = max(moved_s, compute_s + prompts_s)
-    blocks = 1.0 if job.num_rows is None else job.num_rows / rows
-    tail = 0.0 if job.num_rows is None else float(job.new_tokens)
-    return blocks * rows * job.new_tokens / ((blocks * sweeps + tail) * step_s)
+    step_s = max(moved_s, compute_s)
+    return rows * job.new_tokens / (prefill_s + job.new_tokens * step_s)
 
 
 def _seconds(
@@ -219,43 +203,6 @@ def _raised(policy: Policy, kind: str, tier: str, fits: Callable[[Policy], bool]
         middle = (low + high) / 2
         low, high = (middle, high) if fits(moved(middle)) else (low, middle)
     return moved(low)
-
-
-def _paces(block: Policy, job: JobSizes, fixed: Choice) -> Iterator[Policy]:
-    """The block as it is, and cut into batches that are prefilled one after the other.
-
-    While a sweep waits for its weights it can compute prompts of rows to come; for that the rows
-    in flight have to be at different steps.
-    """
-    yield block
-    free = fixed.sweep_tokens is None and fixed.num_batches is None and fixed.batch_size is None
-    if free and block.block_size >= 2 * PACED_BATCHES:
-        batch_size = -(-block.block_size // PACED_BATCHES)
-        yield replace(
-            block,
-            batch_size=batch_size,
-            num_batches=PACED_BATCHES,
-            sweep_tokens=min(block.prefill_tokens, batch_size * job.prompt_tokens),
-        )
-
-
-def _paced(
-    policy: Policy,
-    fixed: Choice,
-    model: ModelSizes,
-    job: JobSizes,
-    rates: Rates,
-    unified: bool,
-    fits: Callable[[Policy], bool],
-) -> Policy:
-    """As many prompt tokens a sweep as can be computed while the sweep's bytes are moved."""
-    if fixed.sweep_tokens is not None or not policy.sweep_tokens:
-        return policy
-    rows = policy.block_size
-    _, moved_s, compute_s = _seconds(model, job, policy, rates, unified, rows)
-    tokens = int((moved_s - compute_s) * rates.flops_per_s / model.token_flops)
-    paced = replace(policy, sweep_tokens=max(tokens, policy.sweep_tokens))
-    return paced if fits(paced) else policy
 
 
 def _smallest(block: Policy, fixed: Choice) -> list[Policy]:

@@ -14,6 +14,7 @@ from flexport.policy import Policy, Split
 
 __all__ = [
     "HEAD_TOKENS",
+    "JOIN_ROWS",
     "Footprint",
     "JobSizes",
     "ModelSizes",
@@ -25,6 +26,9 @@ __all__ = [
 
 HEAD_TOKENS = 256
 """Tokens that pass the head at once: logits are wide, and scoring wants many of them."""
+
+JOIN_ROWS = 32
+"""Rows of decode steps that are computed together where batches are small to pace prompts."""
 
 SPILL_PAGE_TOKENS = 16
 """Columns of a page when some rows' cache is on disk: their newest page waits in memory."""
@@ -212,17 +216,18 @@ def footprint(
     if job.num_rows is not None:
         rows = max(1, min(rows, job.num_rows))
     batch_rows = min(policy.batch_size, rows)
+    visit_rows = max(batch_rows, min(rows, JOIN_ROWS)) if policy.sweep_tokens else batch_rows
     num_batches = -(-rows // batch_rows)
     prompt_tokens = batch_rows * job.prompt_tokens
-    visit_tokens = max(batch_rows, min(policy.prefill_tokens, prompt_tokens))
+    visit_tokens = max(visit_rows, min(policy.visit_tokens, prompt_tokens))
     # Every visit but a band's last is more than half full.
     num_pieces = num_batches * min(
-        batch_rows * -(-job.prompt_tokens // policy.prefill_tokens),
-        1 + -(-2 * prompt_tokens // policy.prefill_tokens),
+        batch_rows * -(-job.prompt_tokens // policy.visit_tokens),
+        1 + -(-2 * prompt_tokens // policy.visit_tokens),
     )
     sweep_tokens = rows * job.prompt_tokens
     if policy.sweep_tokens:
-        sweep_tokens = min(sweep_tokens, max(policy.sweep_tokens, visit_tokens) + rows)
+        sweep_tokens = min(sweep_tokens, policy.sweep_tokens + visit_tokens + rows)
     ratio = model.decoded_ratio
     host_ratio = ratio if unified else 1.0
     weights = _split(model.weight_bytes, policy.weights)
@@ -239,10 +244,11 @@ def footprint(
     page_row_bytes = _page_row_bytes(model, page_tokens)
     cache_far = policy.cache.disk + (0.0 if unified else policy.cache.host)
     # Pages of this visit and of the next one.
-    pages_bytes = 2 * _rows_of(batch_rows, cache_far) * layer_row_bytes
-    disk_pages_bytes = 2 * _rows_of(batch_rows, policy.cache.disk) * layer_row_bytes
+    cuts = -(-visit_rows // batch_rows)
+    pages_bytes = 2 * _rows_of(visit_rows, cache_far, cuts) * layer_row_bytes
+    disk_pages_bytes = 2 * _rows_of(visit_rows, policy.cache.disk, cuts) * layer_row_bytes
     # Pages of two visits may be under way to their home while a third one is computed.
-    drafts_bytes = 3 * page_row_bytes * _new_pages(job, policy, batch_rows, page_tokens, cache_far)
+    drafts_bytes = 3 * page_row_bytes * _new_pages(job, policy, visit_rows, page_tokens, cache_far)
     states_far = policy.activations.disk + (0.0 if unified else policy.activations.host)
     # The states of this visit and the next one, and of two on their way home.
     states_bytes = 4 * _states_bytes(model, visit_tokens, states_far)
@@ -275,8 +281,8 @@ def footprint(
             ),
         ),
         work_bytes=visit_tokens * model.work_token_bytes
-        + min(batch_rows, HEAD_TOKENS) * model.head_token_bytes
-        + batch_rows * job.columns * model.score_bytes,
+        + min(visit_rows, HEAD_TOKENS) * model.head_token_bytes
+        + visit_rows * job.columns * model.score_bytes,
         unified=unified,
     )
 
@@ -318,9 +324,9 @@ def _page_row_bytes(model: ModelSizes, page_tokens: int) -> int:
     return _grains(page_tokens * model.cache_token_bytes / model.num_layers)
 
 
-def _rows_of(rows: int, share: float) -> float:
-    """The most of so many rows that a share of them is in any layer."""
-    return min(rows, share * rows + CUT_ROWS) if share > 0 else 0.0
+def _rows_of(rows: int, share: float, cuts: int = 1) -> float:
+    """The most of so many rows, in batches that are cut apart, that a share is in any layer."""
+    return min(rows, share * rows + CUT_ROWS * cuts) if share > 0 else 0.0
 
 
 def _new_pages(
@@ -329,8 +335,8 @@ def _new_pages(
     """Pages of single rows that a visit writes to, of those at home in this share."""
     if share <= 0:
         return 0.0
-    longest = min(policy.prefill_tokens, job.prompt_tokens)
-    tokens = min(policy.prefill_tokens, batch_rows * job.prompt_tokens)
+    longest = min(policy.visit_tokens, job.prompt_tokens)
+    tokens = min(policy.visit_tokens, batch_rows * job.prompt_tokens)
     all_pages = tokens / page_tokens + batch_rows
     return min(all_pages, share * all_pages + CUT_ROWS * (longest / page_tokens + 1))
 

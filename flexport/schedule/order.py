@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["BatchPlan", "Piece", "Rota", "Visit", "bands_of", "prefill_pieces", "zigzag"]
+__all__ = ["BatchPlan", "Piece", "Rota", "Visit", "bands_of", "joined", "prefill_pieces", "zigzag"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +42,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """One step of the zig-zag: a piece passes one layer."""
+    """One step of the zig-zag: a group of pieces passes one layer, in one matrix product each."""
 
     sweep: int
     layer: int
-    piece: Piece
+    pieces: tuple[Piece, ...]
     first: bool
     """No earlier visit of this sweep needs the layer's weights."""
     last: bool
@@ -101,27 +101,23 @@ class BatchPlan:
         # The first token is sampled from the prefill; each decode step samples one more.
         self._num_columns = max(lengths) + max_steps - 1
 
-    def take(self, num_tokens: float) -> list[Piece]:
+    def take(self, num_tokens: float, at_least_one: bool) -> list[Piece]:
         """The batch's pieces for the next sweep: what fits of its prefill, or a decode step.
 
-        num_tokens is what is left of the sweep's prompt tokens.
+        num_tokens is what is left of the sweep's prompt tokens. With at_least_one a piece of
+        prefill goes even if it is larger: else it would wait until nobody decodes any more.
         """
         if self.ended:
             return []
         if self._prefill:
-            pieces = []
-            while self._prefill and self._prefill[0].num_tokens <= num_tokens:
+            pieces: list[Piece] = []
+            while self._prefill and (at_least_one or self._prefill[0].num_tokens <= num_tokens):
+                at_least_one = False
                 num_tokens -= self._prefill[0].num_tokens
                 pieces.append(self._prefill.popleft())
             return pieces
         if self._next_column < self._num_columns:
             return [self._decode_step()]
-        return []
-
-    def take_first(self) -> list[Piece]:
-        """The next piece alone, whatever its size."""
-        if self._prefill and not self.ended:
-            return [self._prefill.popleft()]
         return []
 
     def _decode_step(self) -> Piece:
@@ -132,16 +128,35 @@ class BatchPlan:
         )
 
 
-def zigzag(sweep: int, num_layers: int, pieces: Sequence[Piece]) -> Iterator[Visit]:
+def joined(pieces: Iterable[Piece], max_rows: int) -> list[tuple[Piece, ...]]:
+    """Groups of pieces that are computed together: decode steps of up to max_rows rows.
+
+    A product of few rows takes as long as one of many, since it reads the same weights; so the
+    steps of small batches go together. Prompts are long enough to go alone.
+    """
+    groups: list[tuple[Piece, ...]] = []
+    steps: list[Piece] = []
+    for piece in pieces:
+        if piece.band is not None:
+            groups.append((piece,))
+            continue
+        if steps and sum(step.num_tokens for step in steps) + piece.num_tokens > max_rows:
+            groups.append(tuple(steps))
+            steps = []
+        steps.append(piece)
+    return [*groups, tuple(steps)] if steps else groups
+
+
+def zigzag(sweep: int, num_layers: int, groups: Sequence[tuple[Piece, ...]]) -> Iterator[Visit]:
     """All pieces pass a layer before any passes the next one."""
     for layer in range(num_layers):
-        for index, piece in enumerate(pieces):
+        for index, pieces in enumerate(groups):
             yield Visit(
                 sweep=sweep,
                 layer=layer,
-                piece=piece,
+                pieces=pieces,
                 first=index == 0,
-                last=index == len(pieces) - 1,
+                last=index == len(groups) - 1,
             )
 
 
@@ -152,6 +167,7 @@ class Rota:
         self,
         num_layers: int,
         sweep_tokens: int,
+        join_rows: int,
         admit: Callable[[], Iterable[BatchPlan]],
         is_waiting: Callable[[], bool],
     ) -> None:
@@ -159,10 +175,12 @@ class Rota:
 
         `is_waiting` says whether some can't join yet, because what batches that have ended hold
         comes free only when the visits fetched ahead for them have passed. sweep_tokens bounds
-        the prompt tokens of a sweep; 0 is no bound.
+        the prompt tokens of a sweep; 0 is no bound. Decode steps of up to join_rows rows are
+        computed together; 0 keeps every batch to itself.
         """
         self._num_layers = num_layers
-        self._sweep_tokens = sweep_tokens
+        self._sweep_tokens = sweep_tokens or math.inf
+        self._join_rows = join_rows
         self._admit = admit
         self._is_waiting = is_waiting
         self._batches: list[BatchPlan] = []
@@ -175,7 +193,7 @@ class Rota:
             self._batches.extend(self._admit())
             pieces = self._next_pieces()
             if pieces:
-                yield from zigzag(sweep, self._num_layers, pieces)
+                yield from zigzag(sweep, self._num_layers, joined(pieces, self._join_rows))
                 sweep += 1
             elif self._batches or self._is_waiting():
                 yield None
@@ -183,13 +201,10 @@ class Rota:
                 return
 
     def _next_pieces(self) -> list[Piece]:
-        left = self._sweep_tokens or math.inf
+        left = self._sweep_tokens
         pieces: list[Piece] = []
         for plan in self._batches:
-            taken = plan.take(left)
+            taken = plan.take(left, at_least_one=left == self._sweep_tokens)
             pieces.extend(taken)
             left -= sum(piece.num_tokens for piece in taken if piece.band is not None)
-        if pieces:
-            return pieces
-        # A piece that is larger than a sweep may carry has to go some time: alone.
-        return next(filter(None, (plan.take_first() for plan in self._batches)), [])
+        return pieces

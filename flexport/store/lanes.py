@@ -155,3 +155,5 @@ class Lane:
                 if self._num_busy == 0:
                     self._busy_s += time.perf_counter() - self._busy_since_s
             job.finish_task(error)
+            # An idle thread must not keep a task's buffers alive: their room may be needed.
+            del task, job

@@ -49,8 +49,10 @@ class Dealer:
         """
         total_bytes = sum(rows * row_bytes for rows, row_bytes in tensors)
         stops = [self._stop(tensors, total_bytes, cut) for cut in (0, 1)]
-        # Rounded apart, the two cuts may cross by a row.
-        stops[1] = max(stops)
+        if stops[1] < stops[0]:  # rounded apart, the two cuts may cross by a row
+            self._owed_bytes[1] += _bytes_before(stops[1], tensors)
+            self._owed_bytes[1] -= _bytes_before(stops[0], tensors)
+            stops[1] = stops[0]
         parts = []
         for index, (rows, _) in enumerate(tensors):
             edges = [0, *(_rows_before(stop, index, rows) for stop in stops), rows]
@@ -78,6 +80,14 @@ class Dealer:
             before_bytes += rows * row_bytes
         self._owed_bytes[cut] = due_bytes - before_bytes
         return (len(tensors), 0)
+
+
+def _bytes_before(stop: tuple[int, int], tensors: Sequence[tuple[int, int]]) -> int:
+    """The bytes before a cut."""
+    return sum(
+        _rows_before(stop, index, rows) * row_bytes
+        for index, (rows, row_bytes) in enumerate(tensors)
+    )
 
 
 def _rows_before(stop: tuple[int, int], index: int, rows: int) -> int:

@@ -64,13 +64,19 @@ def _reference(directory: Path, variant: str, dtype: str) -> Reference:
     draw = random.Random(7)
     found = Reference(directory, model)
     for length in PROMPT_LENGTHS:
-        continuation = None
-        while continuation is None:
-            prompt = [draw.randrange(4, 260) for _ in range(length)]
-            continuation = _continue(model, prompt)
+        prompt, continuation = _draw(model, draw, length)
         found.prompts.append(prompt)
         found.greedy.append(continuation)
     return found
+
+
+def _draw(model: Any, draw: random.Random, length: int) -> tuple[list[int], list[int]]:
+    """A prompt, and its continuation."""
+    while True:
+        prompt = [draw.randrange(4, 260) for _ in range(length)]
+        continuation = _continue(model, prompt)
+        if continuation is not None:
+            return prompt, continuation
 
 
 def _continue(model: Any, prompt: Sequence[int]) -> list[int] | None:

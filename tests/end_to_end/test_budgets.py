@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import closing
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_what_a_refusal_says_would_do_does(
     options, discrete, reference, continue_greedily, nothing_left
 ):
     found = reference()
-    budgets: dict[str, int | str] = {"device_memory": 1000, "host_memory": 1000}
+    budgets: dict[str, Any] = {"device_memory": 1000, "host_memory": 1000}
     budgets["disk_memory"] = 0
 
     with closing(DiscreteBackend()) as backend:
@@ -78,7 +79,7 @@ def test_memory_is_used_up_to_its_budget_and_never_beyond(
 ):
     found = reference()
     job = (found.prompts, [14] * 10)
-    options = {
+    options: dict[str, Any] = {
         "model": found.directory,
         "dtype": "float32",
         "percent": [0, 0, 0, 0, 0, 0],
@@ -105,24 +106,26 @@ def test_weights_that_an_earlier_job_left_in_memory_make_way_for_a_larger_job(
     reference, continue_greedily, plan_for, nothing_left
 ):
     found = reference()
-    options = {
+    options: dict[str, Any] = {
         "model": found.directory,
         "dtype": "float32",
         "batch_size": 10,
         "num_batches": 1,
         "offload_dir": nothing_left,
     }
-    tight = {"percent": [0, 0, 100, 0, 100, 0], "device_memory": "64MiB"}
+    tight: dict[str, Any] = {"percent": [0, 0, 100, 0, 100, 0], "device_memory": "64MiB"}
     budget = plan_for(found.prompts, [14] * 10, **options, **tight).needs.device_bytes
 
     with flexport.LLM(**options, device_memory=budget, disk_memory=0) as llm:
         short = continue_greedily(llm, [found.prompts[0]], [1])
-        weights_before = llm.plan.policy.weights
+        before = llm.plan
         long = continue_greedily(llm, found.prompts, [14] * 10)
 
     assert short == [found.continued(0, 1)]
     assert long == found.greedy
-    assert llm.plan.policy.weights.device < weights_before.device
+    assert before is not None
+    assert llm.plan is not None
+    assert llm.plan.policy.weights.device < before.policy.weights.device
 
 
 def test_a_row_longer_than_the_model_is_refused_before_anything_runs(reference, nothing_left):

@@ -33,17 +33,13 @@ def _llm(found, backend="cpu", **options):
 
 @pytest.mark.parametrize("options", ANYWHERE)
 @pytest.mark.parametrize("discrete", [False, True])
-def test_each_row_ends_at_its_own_end_token(
-    options, discrete, reference, pool_bytes, nothing_left
-):
+def test_each_row_ends_at_its_own_end_token(options, discrete, reference, pool_bytes, nothing_left):
     """Rows of one batch end at different steps, so that bands shrink and batches end early."""
     found = reference()
     params, expected = [], []
     for index, ids in enumerate(found.greedy):
         end = ids[(index * 3) % 14]
-        params.append(
-            SamplingParams(max_tokens=14, stop_token_ids=(end,), ignore_eos=True)
-        )
+        params.append(SamplingParams(max_tokens=14, stop_token_ids=(end,), ignore_eos=True))
         expected.append(ids[: ids.index(end) + 1])
 
     with closing(DiscreteBackend(late=True)) as device:

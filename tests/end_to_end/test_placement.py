@@ -14,7 +14,7 @@ import flexport
 from flexport import SamplingParams
 from flexport.testing.discrete import DiscreteBackend
 
-AMPLE = {"device_memory": "1GiB", "host_memory": "1GiB", "disk_memory": "1GiB"}
+AMPLE: dict[str, Any] = {"device_memory": "1GiB", "host_memory": "1GiB", "disk_memory": "1GiB"}
 MEMORY_BYTES = 1 << 30
 """Of the fake device; what a run may use of it is its budget."""
 
@@ -45,9 +45,7 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     rows = draw(st.lists(st.integers(0, 9), min_size=1, max_size=9))
     return Case(
-        variant=draw(
-            st.sampled_from(["125m-like", "350m-like", "galactica-like", "untied-like"])
-        ),
+        variant=draw(st.sampled_from(["125m-like", "350m-like", "galactica-like", "untied-like"])),
         dtype=draw(st.sampled_from(["float32", "float32", "float16", "bfloat16"])),
         percent=[*draw(_PAIR), *draw(_PAIR), *draw(_PAIR)],
         shape={
@@ -65,7 +63,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def tight(plan: Any, slack: float = 1.0) -> dict[str, int]:
+def tight(plan: Any, slack: float = 1.0) -> dict[str, Any]:
     """Budgets of what a plan needs, times the slack."""
     return {
         "device_memory": int(plan.needs.device_bytes * slack),
@@ -87,7 +85,7 @@ def _check(case, backend, reference, plan_for, pool_bytes, offload_dir):
                 max_tokens=length, ignore_eos=True, stop_token_ids=(end,) if ends else ()
             )
         )
-    options = {
+    options: dict[str, Any] = {
         "model": found.directory,
         "backend": backend,
         "dtype": "float32",
@@ -110,13 +108,12 @@ def _check(case, backend, reference, plan_for, pool_bytes, offload_dir):
     assert in_use_later_bytes == in_use_bytes
     assert in_use_bytes[2] == 0
     peak_bytes = llm.report["peak_bytes"]
-    assert all(
-        peak_bytes[tier] <= budgets[f"{tier}_memory"] for tier in ("device", "host", "disk")
-    )
+    assert all(peak_bytes[tier] <= budgets[f"{tier}_memory"] for tier in ("device", "host", "disk"))
 
 
 _settings = settings(
-    max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

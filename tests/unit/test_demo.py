@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from flexport.demo.data import (
 NUM_SAMPLE_ROWS = 40
 
 
-def input_rows() -> list[dict[str, object]]:
+def input_rows() -> list[dict[str, Any]]:
     with demo.INPUT_PATH.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -82,7 +83,7 @@ def test_no_name_of_a_demo_record_occurs_in_training():
 
 
 def test_accuracy_counts_exact_rows_and_error_rows_are_wrong():
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": "a", "text": " name: Ann \n"},
         {"id": "b", "text": "name: Bo"},
         {"id": "c", "error": {"code": "too_long", "message": "no"}},

@@ -1,0 +1,124 @@
+"""What a policy takes: sums that add up, and that grow with what they are sums of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexport.engine.plan import model_sizes
+from flexport.models import known_config, spec_of
+from flexport.planner.footprint import JobSizes, footprint, layer_splits
+from flexport.policy import Policy, Split
+
+MODEL = model_sizes(spec_of(known_config("facebook/opt-1.3b") or {}), 2, 2)
+JOB = JobSizes(prompt_tokens=128, new_tokens=32)
+PAGE_TOKENS = 64
+ON_DISK = Split(device=0, disk=1)
+ON_HOST = Split(device=0, host=1)
+
+
+@st.composite
+def splits(draw):
+    device = draw(st.integers(0, 100))
+    host = draw(st.integers(0, 100 - device))
+    return Split(device=device / 100, host=host / 100, disk=(100 - device - host) / 100)
+
+
+@st.composite
+def policies(draw):
+    return Policy(
+        weights=draw(splits()),
+        cache=draw(splits()),
+        activations=draw(splits()),
+        batch_size=draw(st.integers(1, 64)),
+        num_batches=draw(st.integers(1, 8)),
+        prefill_tokens=draw(st.sampled_from([64, 2048])),
+        sweep_tokens=draw(st.sampled_from([0, 500])),
+    )
+
+
+def test_in_memory_it_is_weights_and_cache_and_little_else():
+    needs = footprint(MODEL, JOB, Policy(batch_size=64), PAGE_TOKENS, True)
+
+    # 160 columns or so, in pages of 64.
+    cache_bytes = 64 * 192 * MODEL.cache_token_bytes
+    expected = MODEL.weight_bytes + cache_bytes
+    assert expected < needs.device_bytes < 1.1 * expected
+    assert needs.disk_bytes == needs.host_bytes == 0
+    assert needs.staging_bytes == needs.behind_bytes == (0, 0)
+
+
+def test_on_disk_it_is_two_layers_and_a_slice_of_the_cache():
+    policy = Policy(weights=ON_DISK, cache=ON_DISK, batch_size=32)
+    needs = footprint(MODEL, JOB, policy, PAGE_TOKENS, True)
+
+    layer_bytes = MODEL.layer_bytes[1]
+    assert needs.weights_bytes[0] == 0
+    assert needs.device_bytes < MODEL.weight_bytes / 3
+    assert needs.staging_bytes[0] > 2 * layer_bytes
+    assert needs.disk_bytes >= 32 * 160 * MODEL.cache_token_bytes
+
+
+@given(policy=policies(), unified=st.booleans())
+def test_what_is_asked_for_on_a_tier_is_counted_there(policy, unified):
+    needs = footprint(MODEL, JOB, policy, PAGE_TOKENS, unified)
+
+    rows_bytes = policy.block_size * 160 * MODEL.cache_token_bytes
+    for tier, share in enumerate(policy.cache.shares()):
+        assert needs.cache_bytes[tier] >= 0.999 * share * rows_bytes
+    for tier, share in enumerate(policy.weights.shares()):
+        assert needs.weights_bytes[tier] >= 0.999 * share * MODEL.weight_bytes
+    assert min(needs.device_bytes, needs.host_bytes, needs.disk_bytes) >= 0
+    assert needs.host_bytes == 0 or not unified
+
+
+@given(policy=policies(), unified=st.booleans())
+def test_more_rows_and_longer_ones_never_take_less(policy, unified):
+    def all_bytes(job, policy):
+        needs = footprint(MODEL, job, policy, PAGE_TOKENS, unified)
+        return needs.device_bytes, needs.host_bytes, needs.disk_bytes
+
+    least = all_bytes(JOB, policy)
+    for more in (
+        all_bytes(replace(JOB, new_tokens=64), policy),
+        all_bytes(replace(JOB, prompt_tokens=256), policy),
+        all_bytes(JOB, replace(policy, num_batches=policy.num_batches + 1)),
+    ):
+        assert all(here <= there for here, there in zip(least, more, strict=True))
+
+
+@given(policy=policies())
+def test_a_job_of_fewer_rows_than_a_block_takes_what_its_rows_take(policy):
+    short = replace(JOB, num_rows=1)
+
+    needs = footprint(MODEL, short, policy, PAGE_TOKENS, True)
+
+    alone = replace(policy, batch_size=1, num_batches=1)
+    assert needs == footprint(MODEL, short, alone, PAGE_TOKENS, True)
+
+
+@given(split=splits())
+def test_layers_have_splits_that_make_the_whole(split):
+    sizes = MODEL.layer_bytes
+
+    each = layer_splits(sizes, split)
+
+    total = sum(sizes)
+    for tier in range(3):
+        found = sum(own.shares()[tier] * size for own, size in zip(each, sizes, strict=True))
+        assert found == pytest.approx(split.shares()[tier] * total, rel=1e-6, abs=1e-3 * total)
+    assert len(set(each[:-1])) == 1
+
+
+def test_where_memory_is_one_pool_what_is_on_the_host_needs_no_staging():
+    policy = Policy(weights=ON_HOST, cache=ON_HOST, activations=ON_HOST, batch_size=8)
+
+    one_pool = footprint(MODEL, JOB, policy, PAGE_TOKENS, True)
+    two_pools = footprint(MODEL, JOB, policy, PAGE_TOKENS, False)
+
+    assert one_pool.staging_bytes == (0, 0)
+    assert two_pools.staging_bytes[0] > 0
+    assert two_pools.host_bytes >= MODEL.weight_bytes

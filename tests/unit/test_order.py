@@ -1,0 +1,213 @@
+"""The zig-zag order: what is computed, in which order, and how often."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexport.schedule.order import (
+    BatchPlan,
+    Piece,
+    Rota,
+    bands_of,
+    joined,
+    prefill_pieces,
+    zigzag,
+)
+
+LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=8)
+MOST_TOKENS = st.integers(1, 60)
+
+
+def piece(batch, start=0):
+    return Piece(batch=batch, band=None, start=start, stop=start + 1, num_tokens=1)
+
+
+def test_all_batches_pass_a_layer_before_any_passes_the_next():
+    visits = list(zigzag(0, 2, [(piece(0),), (piece(1),), (piece(2),)]))
+
+    order = [(visit.layer, visit.pieces[0].batch) for visit in visits]
+    assert order == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_the_first_and_the_last_visit_of_a_layer_say_so():
+    visits = list(zigzag(7, 2, [(piece(0),), (piece(1),)]))
+
+    assert [visit.first for visit in visits] == [True, False, True, False]
+    assert [visit.last for visit in visits] == [False, True, False, True]
+    assert {visit.sweep for visit in visits} == {7}
+
+
+@given(lengths=LENGTHS, max_tokens=MOST_TOKENS)
+def test_bands_cut_the_rows_and_keep_to_the_bound_unless_one_row_is_more(lengths, max_tokens):
+    bands = bands_of(lengths, max_tokens)
+
+    assert [row for band in bands for row in range(*band)] == list(range(len(lengths)))
+    for begin, end in bands:
+        places = (end - begin) * max(lengths[begin:end])
+        assert places <= max_tokens or end - begin == 1
+
+
+@given(lengths=LENGTHS, max_tokens=MOST_TOKENS)
+def test_prefill_computes_every_prompt_token_once_and_in_order(lengths, max_tokens):
+    pieces = prefill_pieces(0, lengths, max_tokens)
+
+    columns, bands = max(lengths), bands_of(lengths, max_tokens)
+    computed: list[list[int]] = [[] for _ in lengths]
+    for each in pieces:
+        assert each.num_tokens <= max_tokens
+        assert each.band is not None
+        found = 0
+        for row in range(*bands[each.band]):
+            start = columns - lengths[row]
+            positions = range(max(0, each.start - start), each.stop - start)
+            computed[row].extend(positions)
+            found += len(positions)
+        assert found == each.num_tokens
+    assert computed == [list(range(length)) for length in lengths]
+
+
+@dataclass
+class Job:
+    """Batches that wait for a slot and end when they are told to."""
+
+    batches: list[tuple[list[int], int]]
+    num_slots: int
+    max_tokens: int
+    under_way: dict[int, BatchPlan] = field(default_factory=dict)
+    admitted: int = 0
+
+    def admit(self):
+        while self.admitted < len(self.batches) and len(self.under_way) < self.num_slots:
+            lengths, max_steps = self.batches[self.admitted]
+            plan = BatchPlan(self.admitted, lengths, max_steps, self.max_tokens)
+            self.under_way[self.admitted] = plan
+            self.admitted += 1
+            yield plan
+
+    def is_waiting(self):
+        return self.admitted < len(self.batches)
+
+    def end(self, batch):
+        self.under_way.pop(batch).ended = True
+
+
+def run(job, num_layers, sweep_tokens, join_rows=0, steps_of=None):
+    """All visits, with each batch ended at the head visit of its last step."""
+    visits = []
+    steps: Counter[int] = Counter()
+    for visit in Rota(num_layers, sweep_tokens, join_rows, job.admit, job.is_waiting).visits():
+        assert visit is not None, "nothing is fetched ahead here, so the next visit is known"
+        visits.append(visit)
+        for each in visit.pieces if visit.layer == num_layers - 1 else ():
+            lengths, max_steps = job.batches[each.batch]
+            is_last_band = each.band in (None, len(bands_of(lengths, job.max_tokens)) - 1)
+            steps[each.batch] += is_last_band and each.stop >= max(lengths)
+            if steps[each.batch] == (steps_of or {}).get(each.batch, max_steps):
+                job.end(each.batch)
+    return visits
+
+
+@given(
+    batches=st.lists(st.tuples(LENGTHS, st.integers(1, 5)), min_size=1, max_size=5),
+    num_slots=st.integers(1, 4),
+    max_tokens=MOST_TOKENS,
+    sweep_tokens=st.sampled_from([0, 1, 7, 40]),
+    join_rows=st.sampled_from([0, 1, 5, 100]),
+)
+def test_each_token_of_each_row_passes_each_layer_once(
+    batches, num_slots, max_tokens, sweep_tokens, join_rows
+):
+    visits = run(Job(batches, num_slots, max_tokens), 3, sweep_tokens, join_rows)
+
+    tokens: Counter[tuple[int, int]] = Counter()
+    for visit in visits:
+        for each in visit.pieces:
+            tokens[visit.layer, each.batch] += each.num_tokens
+    for number, (lengths, max_steps) in enumerate(batches):
+        # A row's last token is sampled and not computed.
+        expected = sum(lengths) + (max_steps - 1) * len(lengths)
+        assert [tokens[layer, number] for layer in range(3)] == [expected] * 3
+
+
+@given(
+    batches=st.lists(st.tuples(LENGTHS, st.integers(1, 5)), min_size=2, max_size=5),
+    max_tokens=MOST_TOKENS,
+    sweep_tokens=st.integers(1, 60),
+)
+def test_no_prompt_joins_a_sweep_that_carries_its_share_of_prompt_tokens_already(
+    batches, max_tokens, sweep_tokens
+):
+    visits = run(Job(batches, 3, max_tokens), 2, sweep_tokens)
+
+    prompts: dict[int, list[int]] = {}
+    for visit in visits:
+        for each in visit.pieces if visit.layer == 0 else ():
+            if each.band is not None:
+                prompts.setdefault(visit.sweep, []).append(each.num_tokens)
+    assert all(sum(sizes[:-1]) < sweep_tokens for sizes in prompts.values())
+
+
+def test_a_bounded_sweep_mixes_prompts_of_one_batch_with_steps_of_another():
+    visits = run(Job([([8], 4), ([8], 4)], 2, 8), 1, 8)
+
+    kinds = [
+        sorted("prompt" if v.pieces[0].band == 0 else "step" for v in visits if v.sweep == sweep)
+        for sweep in range(visits[-1].sweep + 1)
+    ]
+    assert kinds[:3] == [["prompt"], ["prompt", "step"], ["step", "step"]]
+
+
+@given(rows=st.lists(st.integers(1, 9), max_size=8), max_rows=st.integers(0, 20))
+def test_decode_steps_are_joined_up_to_so_many_rows_and_prompts_go_alone(rows, max_rows):
+    steps = [
+        Piece(batch=batch, band=None, start=0, stop=1, num_tokens=num_rows)
+        for batch, num_rows in enumerate(rows)
+    ]
+    prompt = Piece(batch=99, band=0, start=0, stop=1, num_tokens=1)
+
+    groups = joined([*steps[:2], prompt, *steps[2:]], max_rows)
+
+    assert (prompt,) in groups
+    assert [each for group in groups for each in group if each.band is None] == steps
+    for group in groups:
+        assert sum(each.num_tokens for each in group) <= max_rows or len(group) == 1
+
+
+def test_a_batch_that_ends_early_makes_room_for_the_next_one():
+    visits = run(Job([([3], 9), ([3], 2)], 1, 8), 1, 0, steps_of={0: 2})
+
+    assert [visit.pieces[0].batch for visit in visits] == [0, 0, 1, 1]
+
+
+def test_the_order_waits_for_batches_that_could_not_join_yet():
+    """A batch that has ended holds its slot until what was fetched ahead for it has passed."""
+    second = BatchPlan(1, [2], 1, 8)
+    answers = iter([[BatchPlan(0, [2], 1, 8)], [], [second], []])
+    waiting = iter([True, False])
+    rota = Rota(1, 0, 0, lambda: next(answers), lambda: next(waiting))
+    visits = rota.visits()
+
+    first = next(visits)
+    assert first is not None
+    rota._batches[0].ended = True
+
+    assert next(visits) is None
+    then = next(visits)
+    assert then is not None
+    assert then.pieces[0].batch == 1
+    second.ended = True
+    assert list(visits) == []
+
+
+def test_a_prompt_larger_than_a_sweeps_share_does_not_wait_for_others_to_finish():
+    """Two batches of 8 prompt tokens at 4 a sweep: the second joins while the first decodes."""
+    visits = run(Job([([8], 6), ([8], 6)], 2, 8), 1, 4)
+
+    second_starts = min(visit.sweep for visit in visits if visit.pieces[0].batch == 1)
+    first_ends = max(visit.sweep for visit in visits if visit.pieces[0].batch == 0)
+
+    assert second_starts < first_ends
