@@ -63,6 +63,7 @@ class FileSink:
         self.finished = finished
         self._descriptor = descriptor
         self._next_sync_s = 0.0
+        self._is_stale = False
 
     @classmethod
     def create(cls, path: Path) -> FileSink:
@@ -77,10 +78,10 @@ class FileSink:
 
     @classmethod
     def replace(cls, path: Path) -> FileSink:
-        """A file without rows, whatever was in it before."""
-        descriptor = _open(path)
-        os.ftruncate(descriptor, 0)
-        return cls(path, descriptor, Finished())
+        """A file whose rows give way to the first new one, so that a run that fails keeps them."""
+        sink = cls(path, _open(path), Finished())
+        sink._is_stale = True
+        return sink
 
     @classmethod
     def resume(cls, path: Path) -> FileSink:
@@ -103,6 +104,7 @@ class FileSink:
     def write(self, line: bytes) -> None:
         """Append one line, whole or not at all. Raises StorageError."""
         assert line.endswith(b"\n"), line
+        self._drop_stale()
         start_bytes = os.fstat(self._descriptor).st_size
         rest = memoryview(line)
         try:
@@ -136,7 +138,14 @@ class FileSink:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is None:
+            self._drop_stale()
         self.close()
+
+    def _drop_stale(self) -> None:
+        if self._is_stale:
+            os.ftruncate(self._descriptor, 0)
+            self._is_stale = False
 
     def _sync(self) -> None:
         started_s = time.monotonic()

@@ -197,3 +197,22 @@ class _Unclosable(io.RawIOBase):
 
     def write(self, data: object, /) -> int:
         return self._inner.write(bytes(data))  # type: ignore[call-overload]
+
+
+def test_overwriting_keeps_the_old_rows_until_there_is_a_new_one(tmp_path: Path):
+    """A run that fails before its first row must not cost the rows of the one before."""
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b'{"id": "old"}\n')
+
+    with pytest.raises(RuntimeError), FileSink.replace(path):
+        raise RuntimeError("the engine could not be opened")
+    kept = path.read_bytes()
+    with FileSink.replace(path) as sink:
+        sink.write(b'{"id": "new"}\n')
+    replaced = path.read_bytes()
+    with FileSink.replace(path):
+        pass
+
+    assert kept == b'{"id": "old"}\n'
+    assert replaced == b'{"id": "new"}\n'
+    assert path.read_bytes() == b""
