@@ -40,7 +40,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 def usable_bytes() -> int:
     """Bytes that a run may use when the user sets no cap: what is free now, less a margin."""
-    free_bytes = min([psutil.virtual_memory().available, *cgroup_free_bytes()])
+    free_bytes: int = min([psutil.virtual_memory().available, *cgroup_free_bytes()])
     return max(0, free_bytes - max(MARGIN_BYTES, int(free_bytes * MARGIN_SHARE)))
 
 
