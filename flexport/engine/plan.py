@@ -110,7 +110,7 @@ class Plan:
             Tier.HOST: (needs.host_bytes, self.budgets.host_bytes),
             Tier.DISK: (needs.disk_bytes, self.budgets.disk_bytes),
         }
-        rows.append(["takes at most", *(format_bytes(taken[tier][0]) for tier in shown)])
+        rows.append(["needs", *(format_bytes(taken[tier][0]) for tier in shown)])
         rows.append(["of a budget of", *(format_bytes(taken[tier][1]) for tier in shown)])
         streams = (
             f", {format_bytes(self.stream_bytes)} of weights read from disk each sweep"

@@ -70,8 +70,7 @@ class JobWork:
     ) -> None:
         """What is fetched ahead leaves free what `needs` says the rest will take."""
         self.batches: dict[int, Batch] = {}
-        self.ended: deque[Batch] = deque()
-        """Batches whose last row has ended; whoever admits batches takes them from here."""
+        """Those whose last row has not ended, or for which something is still fetched ahead."""
         self._spec = weights.spec
         self._weights = weights
         self._store = store
@@ -246,7 +245,6 @@ class JobWork:
     def _retire(self, batch: Batch) -> None:
         batch.cache.drop()
         del self.batches[batch.index]
-        self.ended.append(batch)
 
 
 def _same_pages(visit: Visit, other: Visit) -> bool:
