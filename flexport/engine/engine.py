@@ -6,7 +6,6 @@ what fits depends on how long its rows are; then the resident weights are loaded
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from collections import deque
@@ -49,8 +48,6 @@ __all__ = ["Engine"]
 
 PEEK_ROWS = 512
 """Rows that are looked at before the policy is made; a longer job is taken to be like them."""
-
-_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -210,7 +207,7 @@ class Engine:
             clock,
             self.plan.needs,
         )
-        admission = _Admission(self.plan, self.spec_shape(), store, work, batches)
+        admission = _Admission(self.plan, self._cache_shape(), store, work, batches)
         rota = Rota(
             self.spec.num_schedule_layers,
             self.plan.policy.sweep_tokens,
@@ -247,7 +244,7 @@ class Engine:
             generated_tokens=num_generated(),
         )
 
-    def spec_shape(self) -> CacheShape:
+    def _cache_shape(self) -> CacheShape:
         """The shape of the model's cache under the plan in force."""
         assert self.plan is not None
         return CacheShape.of(self.spec, self.plan.page_tokens, torch_dtype(self.dtype))

@@ -1,12 +1,11 @@
-"""The zig-zag order: for each sweep over the layers, for each layer, for each piece of work.
+"""The zig-zag order: for each sweep over the layers, for each layer, for each group of pieces.
 
 A **batch** is a handful of rows that are decoded together; several are in flight at once and
-share every sweep over the weights. A **piece** is the part of one batch that one visit computes:
+share every sweep over the weights. A **piece** is the part of one batch that is computed at once:
 in prefill the prompt columns of one band of its rows, in decode one new column of all its rows.
 So a sweep is a list of pieces, and prefill, chunked prefill and decode differ only in their
-numbers. Because each batch keeps its own place, a sweep may carry prompts of one batch and
-decode steps of others: prompts (bound by compute) then fill the time in which the weights
-for the decode steps (bound by links) are on their way.
+numbers. A **visit** takes a group of pieces through one layer, in one product each. Because each batch keeps its own place, a sweep may carry prompts of one batch and
+decode steps of others, so that prompts are computed while weights are on their way.
 
 Rows are aligned at the right: a batch's prompts end in column P - 1, where P is its longest
 prompt, and step s of every row is column P + s - 1. A decode step therefore appends one column
