@@ -63,6 +63,9 @@ class Capabilities:
     """Why the first of `dtypes` comes first, in words a user understands."""
     page_tokens: int
     """Columns of a KV page that the attention kernel likes best."""
+    keys_by_feature: bool = False
+    """The kernel likes a page's keys feature by feature in memory, (E, G), not column by column;
+    `attention`, which has to take either, is then given a transposed view of such pages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +130,7 @@ class Backend(Protocol):
         """Softmax attention over a cache that lies in pages; shape (N, H, L, E) in q's dtype.
 
         Page p holds the columns from the sum of the earlier pages' G on; the pages together hold
-        at least spec.length columns, and columns past it are not read. Query head h uses
+        at least spec.length columns, and what columns past it hold does not matter. Query head h uses
         key/value head h // (H / K). Softmax in float32.
         """
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from flexport.backend import AttentionSpec
+from flexport_cpu.page_products import add_weighted_sum, scores
 from flexport_cpu.scratch import scratch
-from flexport_cpu.weighted_sum import add_weighted_sum
 
 __all__ = ["attention"]
 
@@ -60,8 +60,10 @@ def attention(
     split = (num_kv_heads, num_heads // num_kv_heads)
     out_NKQLE = out_NHLE.unflatten(1, split)
     q_NKQLE = q_NHLE.unflatten(1, split)
-    side_by_side = len(keys_NKGE) == 1 and all(
-        page.is_contiguous() for page in (*keys_NKGE, *values_NKGE)
+    side_by_side = (
+        len(keys_NKGE) == 1
+        and values_NKGE[0].is_contiguous()
+        and (keys_NKGE[0].is_contiguous() or keys_NKGE[0].mT.is_contiguous())
     )
     if num_queries < GATHER_QUERIES or side_by_side:
         _attend(q_NKQLE, keys_NKGE, values_NKGE, spec, out_NKQLE)
@@ -89,14 +91,20 @@ def _parts(total: int, size: int) -> Iterator[slice]:
 
 
 def _gather(purpose: str, pages_NKGE: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
-    """The columns of some rows, side by side in a buffer of this thread."""
+    """The columns of some rows, side by side in a buffer of this thread, laid out as the pages."""
     _, num_kv_heads, _, head_dim = pages_NKGE[0].shape
-    num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
-    shape = (num_rows, num_kv_heads, num_columns, head_dim)
-    gathered_nKME = scratch(purpose, shape, pages_NKGE[0].dtype)
+    shape = (rows.stop - rows.start, num_kv_heads, columns.stop - columns.start, head_dim)
+    gathered_nKME = _scratch_like(purpose, shape, pages_NKGE[0])
     for page, where, seen in _seen(pages_NKGE, columns):
         gathered_nKME[:, :, where].copy_(page[rows, :, seen])
     return gathered_nKME
+
+
+def _scratch_like(purpose: str, shape: Sequence[int], page: Tensor) -> Tensor:
+    """A buffer of this thread, feature by feature in memory if the page is."""
+    if page.stride(-1) == 1:
+        return scratch(purpose, shape, page.dtype)
+    return scratch(purpose, (*shape[:-2], shape[-1], shape[-2]), page.dtype).mT
 
 
 def _attend(
@@ -157,17 +165,13 @@ def _attend_tile(
         q_nkQIE = q_nkQIE * spec.scale  # exact, and cheaper here than on the scores
     n, k, group, num_queries, head_dim = q_nkQIE.shape
     q_BRE = q_nkQIE.reshape(n * k, group * num_queries, head_dim)
-    dtype, num_columns = q_BRE.dtype, tile.columns.stop - tile.columns.start
+    num_columns = tile.columns.stop - tile.columns.start
     num_logits = num_columns + (spec.sinks is not None)
 
     scores_BRM = scratch("scores", (*q_BRE.shape[:2], num_logits), torch.float32)
     for page, columns, seen in _seen(keys_NKGE, tile.columns):
         keys_BGE, seen = _keys(page[tile.rows, tile.heads].flatten(0, 1), seen)
-        shape = (*q_BRE.shape[:2], keys_BGE.shape[1])
-        products_BRG = torch.bmm(
-            q_BRE, keys_BGE.transpose(1, 2), out=scratch("products", shape, dtype)
-        )
-        scores_BRM[:, :, columns].copy_(products_BRG[:, :, seen])
+        scores_BRM[:, :, columns].copy_(scores(q_BRE, keys_BGE.mT)[:, :, seen])
 
     if not folded:
         scores_BRM.mul_(spec.scale)
@@ -203,16 +207,16 @@ def _seen(pages: Sequence[Tensor], columns: slice) -> Iterator[tuple[Tensor, sli
 
 
 def _keys(keys_BGE: Tensor, seen: slice) -> tuple[Tensor, slice]:
-    """Contiguous keys that include the seen columns, and where those are in them.
+    """Keys that include the seen columns, and where those are in them.
 
-    The kernel is slow on a strided page, so a page that is mostly seen is multiplied whole (the
+    The kernels are slow on a part of a page, so one that is mostly seen is multiplied whole (the
     scores of the other columns are dropped, whatever they are), and of another one the seen
     columns are copied.
     """
     if 2 * (seen.stop - seen.start) >= keys_BGE.shape[1]:
         return keys_BGE, seen
     seen_BWE = keys_BGE[:, seen]
-    copied_BWE = scratch("keys", seen_BWE.shape, keys_BGE.dtype).copy_(seen_BWE)
+    copied_BWE = _scratch_like("keys", seen_BWE.shape, keys_BGE).copy_(seen_BWE)
     return copied_BWE, slice(0, seen_BWE.shape[1])
 
 

@@ -21,6 +21,7 @@ from flexport.backend import AttentionSpec, Capabilities, Ticket
 from flexport_cpu import memory
 from flexport_cpu.attention import attention
 from flexport_cpu.linear import linear, pack
+from flexport_cpu.page_products import HAS_BAGS
 from flexport_cpu.processor import choose_dtypes, processor_flags, processor_name
 
 __all__ = ["CpuBackend"]
@@ -40,6 +41,7 @@ class CpuBackend:
             dtypes=dtypes,
             dtype_reason=reason,
             page_tokens=PAGE_TOKENS,
+            keys_by_feature=HAS_BAGS,
         )
         self._lock = threading.Lock()
         self._failed: list[Exception] = []

@@ -415,6 +415,18 @@ class BackendConformance:
 
             problem.check(_on_host(backend, out_NHLE))
 
+    def test_attention_takes_keys_in_either_order(self, backend: Backend) -> None:
+        """A prompt that is all new comes as the projection left it, whatever pages look like."""
+        for name in ("three pages", "a ragged chunk", "eight queries a key"):
+            problem = _Attention.draw(ATTENTION_CASES[name], torch.float32)
+            for by_feature in (False, True):
+                q_NHLE, _, values, spec = problem.on_device(backend)
+                keys = [_placed_keys(backend, page, by_feature) for page in problem.keys]
+
+                out_NHLE = backend.attention(q_NHLE, keys, values, spec)
+
+                problem.check(_on_host(backend, out_NHLE))
+
     def test_attention_takes_a_scale_that_is_no_power_of_two(self, backend: Backend) -> None:
         case = AttentionCase(pages=(16, 16), length=20, head_dim=24)
         problem = _Attention.draw(case, torch.float32, scale=0.3)
@@ -613,7 +625,10 @@ class _Attention:
         fields["sinks"] = None if sinks is None else _placed(backend, sinks, "device")
         return (
             _placed(backend, self.q_NHLE.transpose(1, 2), "device").transpose(1, 2),
-            [_placed(backend, page, "device") for page in self.keys],
+            [
+                _placed_keys(backend, page, backend.capabilities.keys_by_feature)
+                for page in self.keys
+            ],
             [_placed(backend, page, "device") for page in self.values],
             AttentionSpec(**fields),
         )
@@ -676,6 +691,13 @@ def _placed(backend: Backend, data: Tensor, where: Literal["device", "host"]) ->
     device = backend.allocate(data.shape, data.dtype)
     backend.copy_async(host, device).join()
     return device
+
+
+def _placed_keys(backend: Backend, keys_NKGE: Tensor, by_feature: bool) -> Tensor:
+    """The same in device memory, feature by feature or column by column."""
+    if by_feature:
+        return _placed(backend, keys_NKGE.mT, "device").mT
+    return _placed(backend, keys_NKGE, "device")
 
 
 def _on_host(backend: Backend, tensor: Tensor) -> Tensor:
