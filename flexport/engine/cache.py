@@ -1,10 +1,10 @@
 """The KV cache of one batch: bands of rows, pages of columns, each page a bundle of the store.
 
-A **band** is what rows of a batch have in common in one layer: they were prefilled in the same
-visits and their cache is at home on the same tier. A **page** holds `page_tokens` columns of a
-band's keys and values. A page is written once it is complete and then only read; the newest
-page, which grows with every step, waits in memory if its home is the disk. So whatever a
-home is, it sees whole contiguous records.
+A **band** is the rows of a batch that are at home on the same tier in one layer. A **page** holds
+some columns of a band's keys and values: wide ones for the prompt, which prefill fills row by row
+and nobody changes any more, narrow ones for what is decoded. The newest of these grows with every
+step, and waits in memory if its home is the disk, until it is complete. So whatever a home is, it
+sees whole contiguous records.
 
 Rows that have ended are left out of all computing at once; their share of a page goes when less
 than half of a band's rows live, so that all the copying together costs no more than one pass.
@@ -17,59 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from flexport.backend import AttentionSpec, Backend, Ticket
+from flexport.engine.pages import CacheShape
 from flexport.errors import OutOfMemory
 from flexport.models.decoder import Attend
-from flexport.models.spec import ModelSpec
 from flexport.policy import Tier
 from flexport.schedule.order import Piece
 from flexport.store.place import Dealer
 from flexport.store.pool import Promise
 from flexport.store.store import Kept, Lease, Store
-from flexport.torch_ops import as_tensor
 
-__all__ = ["BatchCache", "CacheShape", "HeldBands"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheShape:
-    """The numbers of a cache that are the same for every batch."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    page_tokens: int
-    dtype: torch.dtype
-    scale: float
-
-    @classmethod
-    def of(cls, spec: ModelSpec, page_tokens: int, dtype: torch.dtype) -> CacheShape:
-        """The shape of a model's cache."""
-        return cls(
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            page_tokens=page_tokens,
-            dtype=dtype,
-            scale=spec.attention_scale,
-        )
-
-    def page_shape(self, num_rows: int) -> tuple[int, int, int, int, int]:
-        """(2, N, K, G, E): keys, then values."""
-        return (2, num_rows, self.num_kv_heads, self.page_tokens, self.head_dim)
-
-    def page_bytes(self, num_rows: int) -> int:
-        """Bytes of one page of a band."""
-        per_row = 2 * self.num_kv_heads * self.page_tokens * self.head_dim * self.dtype.itemsize
-        return num_rows * per_row
-
-    def num_pages(self, num_columns: int) -> int:
-        """Pages that hold this many columns."""
-        return -(-num_columns // self.page_tokens)
+__all__ = ["BatchCache", "HeldBands"]
 
 
 @dataclass(slots=True, eq=False)
@@ -80,21 +43,30 @@ class _Band:
     home: Tier
     base: int
     """The batch's column that is the pages' first."""
+    edges: list[int]
+    """The first column of each page, counted from base, and the end of the last one."""
+    num_prompt_pages: int
     pages: list[Kept] = field(default_factory=list)
-    length: int = 0
-    """Columns filled so far."""
     promised_bytes: int = 0
     """Memory that is set aside for pages to come."""
 
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """A band's pages as one visit holds them."""
+    """Some rows of a band, and their part of its pages, as one visit holds them."""
 
     band: _Band
-    leases: list[Lease]
+    begin: int
+    end: int
+    leases: dict[int, Lease] = field(default_factory=dict)
+    """By number of the page."""
     changed: set[int] = field(default_factory=set)
     """Numbers of the pages that the visit has written to."""
+
+    @property
+    def rows(self) -> list[int]:
+        """The batch's rows that are held."""
+        return self.band.rows[self.begin : self.end]
 
 
 HeldBands = list[_Held]
@@ -109,44 +81,68 @@ class BatchCache:
         shape: CacheShape,
         store: Store,
         lengths: Sequence[int],
-        bands: Sequence[tuple[int, int]],
         dealer: Dealer,
         max_columns: int,
     ) -> None:
-        """`lengths` are the rows' prompt lengths, `bands` the row ranges prefilled together.
+        """`lengths` are the rows' prompt lengths.
 
-        The dealer says which rows of a band are at home on which tier, layer by layer. Memory for
-        max_columns columns is set aside at once; raises OutOfMemory if there is not enough, and
-        then nothing is.
+        The dealer says which rows are at home on which tier, layer by layer. Memory for
+        max_columns columns (0: nothing is kept) is set aside at once; raises OutOfMemory if there
+        is not enough, and then nothing is.
         """
         self._shape = shape
         self._store = store
         self._backend: Backend = store.backend
         self._lengths = list(lengths)
         self._columns = max(lengths)
-        self._bands: list[list[list[_Band]]] = [
-            [self._cut(begin, end, dealer) for begin, end in bands] for _ in range(shape.num_layers)
-        ]
         self._max_columns = max_columns
+        self._bands: list[list[_Band]] = [self._cut(dealer) for _ in range(shape.num_layers)]
         self._promises = {pool: Promise(pool, 0) for pool in (store.device, store.host)}
+        self.claim_bytes = (0, 0)
+        """Of device and host memory, what was set aside: all that the cache will ever take."""
         try:
-            for band in (band for layer in self._bands for group in layer for band in group):
+            for band in (band for layer in self._bands for band in layer):
                 self._promise(band)
         except OutOfMemory:
             self._close_promises()
             raise
+        claims = {pool: promise.left_bytes for pool, promise in self._promises.items()}
+        self.claim_bytes = (claims[store.device], 0 if store.unified else claims[store.host])
+
+    def _cut(self, dealer: Dealer) -> list[_Band]:
+        bands = []
+        for part in dealer.cut([(len(self._lengths), 1)]):
+            rows = list(range(part.begin, part.end))
+            base = self._columns - max(self._lengths[row] for row in rows)
+            prompt, decoded = self._shape.page_widths(
+                self._columns - base, max(0, self._max_columns - self._columns)
+            )
+            widths = (*prompt, *decoded) if self._max_columns else ()
+            bands.append(
+                _Band(
+                    rows=rows,
+                    home=part.tier,
+                    base=base,
+                    edges=[0, *accumulate(widths)],
+                    num_prompt_pages=len(prompt) if self._max_columns else 0,
+                )
+            )
+        return bands
 
     def _promise(self, band: _Band) -> None:
         """Set aside what the band's pages to come will take of memory, no more and no less."""
-        num_pages = self._shape.num_pages(max(0, self._max_columns - band.base)) - len(band.pages)
-        if not band.rows:
-            num_pages = 0
-        elif band.home is Tier.DISK:
-            # Pages pass through memory one by one; the newest may be there already.
-            is_open = bool(band.pages) and band.pages[-1].home is not Tier.DISK
-            num_pages = min(num_pages, 0 if is_open else 1)
         pool = self._store.pool(band.home)
-        wanted_bytes = num_pages * pool.rounded(self._shape.page_bytes(len(band.rows)))
+        to_come = [
+            pool.rounded(self._page_bytes(band, number))
+            for number in range(len(band.pages), len(band.edges) - 1)
+            if band.rows
+            # Pages at home on disk pass through memory one by one, as they are decoded.
+            if band.home is not Tier.DISK or number >= band.num_prompt_pages
+        ]
+        wanted_bytes = sum(to_come)
+        if band.home is Tier.DISK:
+            is_open = bool(band.pages) and band.pages[-1].home is not Tier.DISK
+            wanted_bytes = 0 if is_open else max(to_come, default=0)
         if wanted_bytes > band.promised_bytes:
             more_bytes = wanted_bytes - band.promised_bytes
             self._promises[pool].add(more_bytes, self._store.wait_for_a_write)
@@ -158,40 +154,30 @@ class BatchCache:
         for promise in self._promises.values():
             promise.close()
 
-    def _cut(self, begin: int, end: int, dealer: Dealer) -> list[_Band]:
-        base = self._columns - max(self._lengths[begin:end])
-        return [
-            _Band(rows=list(range(begin + part.begin, begin + part.end)), home=part.tier, base=base)
-            for part in dealer.cut([(end - begin, 1)])
-        ]
-
-    def _of(self, layer: int, piece: Piece) -> list[_Band]:
-        if piece.band is not None:
-            return self._bands[layer][piece.band]
-        return [band for group in self._bands[layer] for band in group]
-
     # ---- what a visit moves
 
     def staging_bytes(self, layer: int, piece: Piece) -> tuple[int, int]:
         """Device and host bytes that `fetch` takes for the visit."""
         device_bytes, host_bytes = 0, 0
-        for band in self._of(layer, piece):
-            for page in band.pages:
-                for_device, for_host = self._store.staging_bytes(page)
-                device_bytes += for_device
-                host_bytes += for_host
+        for held in self._touched(layer, piece):
+            for number in self._needed(held.band, piece):
+                ranges = self._ranges(held, number)
+                both = self._store.staging_bytes(held.band.pages[number], ranges)
+                device_bytes, host_bytes = device_bytes + both[0], host_bytes + both[1]
         return device_bytes, host_bytes
 
     def fetch(self, layer: int, piece: Piece) -> HeldBands:
         """Start fetching the pages that the piece attends to."""
-        return [
-            _Held(band, [self._store.fetch(page) for page in band.pages])
-            for band in self._of(layer, piece)
-        ]
+        touched = self._touched(layer, piece)
+        for held in touched:
+            for number in self._needed(held.band, piece):
+                page, ranges = held.band.pages[number], self._ranges(held, number)
+                held.leases[number] = self._store.fetch(page, ranges)
+        return touched
 
     def tickets(self, held: HeldBands) -> list[Ticket]:
         """What the visit has to wait for."""
-        return [lease.ticket for of_band in held for lease in of_band.leases]
+        return [lease.ticket for of_band in held for lease in of_band.leases.values()]
 
     def attend(self, piece: Piece, live: Sequence[int], held: HeldBands, keep: bool) -> Attend:
         """What the decoder calls for the piece's new tokens.
@@ -201,42 +187,65 @@ class BatchCache:
         """
 
         def attend(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-            if piece.band is None:
-                return self._decode(q_THE, k_TKE, v_TKE, live, held)
+            if piece.rows is None:
+                return self._decode(q_THE, k_TKE, v_TKE, piece, live, held)
             return self._prefill(q_THE, k_TKE, v_TKE, piece, held, keep)
 
         return attend
 
-    def write_back(self, held: HeldBands, live: Sequence[int]) -> None:
+    def write_back(self, held: HeldBands, piece: Piece, live: Sequence[int]) -> None:
         """Send home what the visit changed, let the rest go, and shed rows that have ended."""
         alive = set(live)
         for of_band in held:
             band = of_band.band
             num_live = sum(row in alive for row in band.rows)
-            if num_live and self._should_shrink(band, num_live):
-                self._shrink(of_band, alive)
+            if piece.rows is None and num_live and self._should_shrink(band, num_live):
+                self._shrink(of_band, alive, piece.stop)
                 continue
-            for number, lease in enumerate(of_band.leases):
+            for number, lease in of_band.leases.items():
                 if number in of_band.changed:
-                    self._return(band, number, lease)
+                    self._return(band, number, lease, piece.stop)
                 else:
                     lease.release()
-            if not num_live:
+            if piece.rows is None and not num_live:
                 self._drop_band(band)
 
     def release(self, held: HeldBands) -> None:
         """Let go of pages that were fetched for nothing."""
         for of_band in held:
-            for lease in of_band.leases:
+            for lease in of_band.leases.values():
                 lease.release()
 
     def drop(self) -> None:
         """Forget everything."""
         for layer in self._bands:
-            for group in layer:
-                for band in group:
-                    self._drop_band(band)
+            for band in layer:
+                self._drop_band(band)
         self._close_promises()
+
+    def _touched(self, layer: int, piece: Piece) -> HeldBands:
+        """The bands that the piece has rows of, nothing fetched yet."""
+        touched = []
+        for band in self._bands[layer]:
+            if piece.rows is None:
+                touched.append(_Held(band, 0, len(band.rows)))
+                continue
+            # No row is shed before the first decode step, so a band's rows are a range.
+            begin, end = (
+                min(max(row - band.rows[0], 0), len(band.rows)) if band.rows else 0
+                for row in piece.rows
+            )
+            if begin < end:
+                touched.append(_Held(band, begin, end))
+        return touched
+
+    def _needed(self, band: _Band, piece: Piece) -> range:
+        """Numbers of the pages that hold what the piece attends to and does not bring itself."""
+        if piece.rows is None:
+            return range(len(band.pages))
+        if all(self._start(row) >= piece.start for row in range(*piece.rows)):
+            return range(0)
+        return range(self._page_at(band, piece.start - 1) + 1)
 
     # ---- prefill
 
@@ -252,15 +261,15 @@ class BatchCache:
         out_THE = torch.empty_like(q_THE)
         at = 0
         for of_band in held:
-            band = of_band.band
+            base = of_band.band.base
             spans = []
-            for row in band.rows:
+            for row in of_band.rows:
                 num_new = piece.stop - max(piece.start, self._start(row))
                 spans.append((at, at + num_new))
                 at += num_new
             if keep:
-                self._append_prompt(of_band, spans, k_TKE, v_TKE, piece.stop)
-            for first, last, whole in self._runs(band, spans, piece):
+                self._append_prompt(of_band, spans, k_TKE, v_TKE, piece)
+            for first, last, whole in self._runs(of_band.rows, spans, piece):
                 begin, end = spans[first][0], spans[last - 1][1]
                 count = last - first
                 span_q = _rows_first(q_THE[begin:end], count)
@@ -270,21 +279,19 @@ class BatchCache:
                     starts, length = None, span_q.shape[2]
                 else:
                     keys, values = self._pages(of_band, first, last)
-                    starts = tuple(
-                        self._start(band.rows[n]) - band.base for n in range(first, last)
-                    )
-                    length = piece.stop - band.base
+                    starts = tuple(self._start(row) - base for row in of_band.rows[first:last])
+                    length = piece.stop - base
                 spec = AttentionSpec(length=length, scale=self._shape.scale, starts=starts)
                 o_NHLE = self._backend.attention(span_q, keys, values, spec)
                 out_THE[begin:end].view(count, -1, *q_THE.shape[1:]).copy_(o_NHLE.transpose(1, 2))
         return out_THE
 
     def _runs(
-        self, band: _Band, spans: Sequence[tuple[int, int]], piece: Piece
+        self, rows: Sequence[int], spans: Sequence[tuple[int, int]], piece: Piece
     ) -> list[tuple[int, int, bool]]:
         """Neighbouring rows of equal length, and whether all they attend to is in this piece."""
         runs: list[tuple[int, int, bool]] = []
-        for index, row in enumerate(band.rows):
+        for index, row in enumerate(rows):
             num_new = spans[index][1] - spans[index][0]
             whole = self._start(row) >= piece.start
             if runs and runs[-1][2] == whole:
@@ -301,25 +308,30 @@ class BatchCache:
         spans: Sequence[tuple[int, int]],
         k_TKE: Tensor,
         v_TKE: Tensor,
-        stop: int,
+        piece: Piece,
     ) -> None:
-        band, size = held.band, self._shape.page_tokens
-        first, last = band.length, stop - band.base
-        while len(band.pages) < self._shape.num_pages(last):
-            self._new_page(held, complete=(len(band.pages) + 1) * size <= last)
-        for number in range(first // size, self._shape.num_pages(last)):
-            held.changed.add(number)
-            page = self._view(held, number)
+        band, last = held.band, piece.stop - held.band.base
+        if not band.pages:
+            for _ in range(band.num_prompt_pages):
+                self._new_page(band, is_open=False)
+        is_first = all(self._start(row) >= piece.start for row in held.rows)
+        first_page = 0 if is_first else self._page_at(band, piece.start)
+        for number in range(first_page, self._page_at(band, piece.stop - 1) + 1):
+            keys_NKGE, values_NKGE = self._changing(held, number)
+            low_edge, high_edge = band.edges[number : number + 2]
             for index, (begin, end) in enumerate(spans):
                 # The row's tokens end in column `last`; those of this page are in the middle.
-                low = max(number * size, last - (end - begin))
-                high = min((number + 1) * size, last)
+                low = min(max(low_edge, last - (end - begin)), high_edge)
+                high = min(high_edge, last)
+                if is_first:
+                    # Masked columns get no weight, but 0 times what lies there must be 0.
+                    keys_NKGE[index, :, : low - low_edge] = 0
+                    values_NKGE[index, :, : low - low_edge] = 0
                 if low < high:
                     tokens = slice(end - (last - low), end - (last - high))
-                    columns = slice(low - number * size, high - number * size)
-                    page[0, index, :, columns] = k_TKE[tokens].transpose(0, 1)
-                    page[1, index, :, columns] = v_TKE[tokens].transpose(0, 1)
-        band.length = last
+                    columns = slice(low - low_edge, high - low_edge)
+                    keys_NKGE[index, :, columns] = k_TKE[tokens].transpose(0, 1)
+                    values_NKGE[index, :, columns] = v_TKE[tokens].transpose(0, 1)
 
     # ---- decode
 
@@ -328,6 +340,7 @@ class BatchCache:
         q_THE: Tensor,
         k_TKE: Tensor,
         v_TKE: Tensor,
+        piece: Piece,
         live: Sequence[int],
         held: HeldBands,
     ) -> Tensor:
@@ -347,10 +360,10 @@ class BatchCache:
                 q_NHE, k_NKE, v_NKE = (
                     _scatter(x, index_N, len(band.rows)) for x in (q_NHE, k_NKE, v_NKE)
                 )
-            self._append_step(of_band, k_NKE, v_NKE)
+            self._append_step(of_band, piece.start, k_NKE, v_NKE)
             starts = tuple(self._start(row) - band.base for row in band.rows)
             spec = AttentionSpec(
-                length=band.length,
+                length=piece.stop - band.base,
                 scale=self._shape.scale,
                 starts=starts if any(starts) else None,
             )
@@ -359,16 +372,15 @@ class BatchCache:
             out_THE[tokens] = o_NHE if index_N is None else o_NHE[index_N]
         return out_THE
 
-    def _append_step(self, held: _Held, k_NKE: Tensor, v_NKE: Tensor) -> None:
+    def _append_step(self, held: _Held, column: int, k_NKE: Tensor, v_NKE: Tensor) -> None:
         band = held.band
-        number, column = divmod(band.length, self._shape.page_tokens)
+        number = self._page_at(band, column)
         if number == len(band.pages):
-            self._new_page(held, complete=False)
-        held.changed.add(number)
-        page = self._view(held, number)
-        page[0, :, :, column] = k_NKE
-        page[1, :, :, column] = v_NKE
-        band.length += 1
+            self._new_page(band, is_open=True)
+        keys_NKGE, values_NKGE = self._changing(held, number)
+        at = column - band.base - band.edges[number]
+        keys_NKGE[:, :, at] = k_NKE
+        values_NKGE[:, :, at] = v_NKE
 
     # ---- pages
 
@@ -376,57 +388,95 @@ class BatchCache:
         """The batch's column of a row's first token."""
         return self._columns - self._lengths[row]
 
-    def _view(self, held: _Held, number: int) -> Tensor:
-        shape = self._shape.page_shape(len(held.band.rows))
-        return as_tensor(held.leases[number].bytes_B, 0, shape, self._shape.dtype)
+    def _page_at(self, band: _Band, column: int) -> int:
+        """The number of the page that a column of the batch is in."""
+        own = column - band.base
+        return next(number for number, stop in enumerate(band.edges[1:]) if own < stop)
+
+    def _page_bytes(self, band: _Band, number: int) -> int:
+        low, high = band.edges[number : number + 2]
+        return self._shape.page_bytes(len(band.rows), high - low)
+
+    def _ranges(self, held: _Held, number: int) -> list[tuple[int, int]] | None:
+        """Where in a page the held rows lie; None is all of it."""
+        low, high = held.band.edges[number : number + 2]
+        if held.end - held.begin == len(held.band.rows):
+            return None
+        return self._shape.row_ranges(held.begin, held.end, len(held.band.rows), high - low)
+
+    def _views(self, held: _Held, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the held rows of a page, each (N, K, G, E)."""
+        low, high = held.band.edges[number : number + 2]
+        lease = held.leases[number]
+        if not lease.in_place:
+            return self._shape.views(lease.bytes_B, held.end - held.begin, high - low)
+        keys, values = self._shape.views(lease.bytes_B, len(held.band.rows), high - low)
+        return keys[held.begin : held.end], values[held.begin : held.end]
+
+    def _changing(self, held: _Held, number: int) -> tuple[Tensor, Tensor]:
+        """The same, to be written to; what is not held of it yet is undefined."""
+        if number not in held.leases:
+            page, ranges = held.band.pages[number], self._ranges(held, number)
+            held.leases[number] = self._store.draft(page, ranges)
+        held.changed.add(number)
+        return self._views(held, number)
 
     def _pages(self, held: _Held, first: int, last: int) -> tuple[list[Tensor], list[Tensor]]:
-        views = [self._view(held, number)[:, first:last] for number in range(len(held.leases))]
-        return [view[0] for view in views], [view[1] for view in views]
+        """Keys and values of some of the held rows, page by page."""
+        views = [self._views(held, number) for number in sorted(held.leases)]
+        return [keys[first:last] for keys, _ in views], [values[first:last] for _, values in views]
 
-    def _new_page(self, held: _Held, complete: bool) -> None:
-        band = held.band
-        keep = self._store.keep if complete else self._store.keep_open
-        num_bytes = self._shape.page_bytes(len(band.rows))
-        if band.home is not Tier.DISK or not complete:
+    def _new_page(self, band: _Band, *, is_open: bool) -> None:
+        num_bytes = self._page_bytes(band, len(band.pages))
+        if band.home is not Tier.DISK or is_open:
             pool = self._store.pool(band.home)
             drawn_bytes = min(pool.rounded(num_bytes), band.promised_bytes)
             band.promised_bytes -= drawn_bytes
             self._promises[pool].draw(drawn_bytes)
+        keep = self._store.keep_open if is_open else self._store.keep
         band.pages.append(keep("cache", num_bytes, band.home))
-        lease = self._store.draft(band.pages[-1])
-        if any(self._start(row) > band.base for row in band.rows):
-            # Columns before a row's start are masked, but 0 times what lies there must be 0.
-            lease.bytes_B.zero_()
-        held.leases.append(lease)
 
-    def _return(self, band: _Band, number: int, lease: Lease) -> None:
-        """Send a changed page home; for good, if its last column is filled."""
+    def _return(self, band: _Band, number: int, lease: Lease, stop: int) -> None:
+        """Send a changed page home; for good, if its last column is filled.
+
+        Unless that is the very last one, after which nothing is read any more.
+        """
         kept = band.pages[number]
         self._store.write_back(kept, lease)
-        complete = (number + 1) * self._shape.page_tokens <= band.length
-        if complete and kept.home is not band.home:
+        is_full = stop - band.base == band.edges[number + 1] < band.edges[-1]
+        if kept.home is not band.home and is_full:
             self._store.settle(kept)
             self._promise(band)
 
     def _should_shrink(self, band: _Band, num_live: int) -> bool:
         """Whether rewriting the pages pays, and there is room to do it page by page."""
-        page_bytes = self._shape.page_bytes(num_live)
+        low_high = zip(band.edges, band.edges[1:], strict=False)
         return 2 * num_live < len(band.rows) and all(
-            self._store.has_room(page_bytes, kept.home) for kept in band.pages
+            self._store.has_room(self._shape.page_bytes(num_live, high - low), kept.home)
+            for (low, high), kept in zip(low_high, band.pages, strict=False)
         )
 
-    def _shrink(self, held: _Held, alive: set[int]) -> None:
+    def _shrink(self, held: _Held, alive: set[int], stop: int) -> None:
         """Rewrite a band's pages without the rows that have ended."""
-        band, size = held.band, self._shape.page_tokens
+        band = held.band
         places = [index for index, row in enumerate(band.rows) if row in alive]
-        index_N = torch.tensor(places, device=held.leases[0].bytes_B.device)
         rows = [band.rows[index] for index in places]
-        smaller = _Held(_Band(rows=rows, home=band.home, base=band.base, length=band.length), [])
-        for number, lease in enumerate(held.leases):
-            self._new_page(smaller, complete=(number + 1) * size <= band.length)
-            view = self._view(held, number).index_select(1, index_N)
-            self._view(smaller, number).copy_(view)
+        smaller = _Held(
+            _Band(
+                rows=rows,
+                home=band.home,
+                base=band.base,
+                edges=band.edges,
+                num_prompt_pages=band.num_prompt_pages,
+            ),
+            0,
+            len(rows),
+        )
+        for number, lease in sorted(held.leases.items()):
+            self._new_page(smaller.band, is_open=stop - band.base < band.edges[number + 1])
+            pairs = zip(self._changing(smaller, number), self._views(held, number), strict=True)
+            for new_NKGE, old_NKGE in pairs:
+                new_NKGE.copy_(old_NKGE[torch.tensor(places, device=old_NKGE.device)])
             self._store.write_back(smaller.band.pages[number], smaller.leases[number])
             lease.release()
             self._store.drop(band.pages[number])

@@ -23,15 +23,16 @@ class Clock:
         """A job begins now; what went before is not counted."""
         self._lap_started_s = time.perf_counter()
 
-    def lap(self, *, decode: bool) -> None:
-        """A visit has ended: all time since the last one was its."""
+    def lap(self, *, decode_share: float) -> None:
+        """A visit has ended: all time since the last one was its.
+
+        A visit that decodes some tokens and prefills others counts for both, by their numbers.
+        """
         now_s = time.perf_counter()
         elapsed_s = now_s - self._lap_started_s
         self._lap_started_s = now_s
-        if decode:
-            self.decode_s += elapsed_s
-        else:
-            self.prefill_s += elapsed_s
+        self.decode_s += elapsed_s * decode_share
+        self.prefill_s += elapsed_s * (1 - decode_share)
 
     @contextmanager
     def computing(self) -> Iterator[None]:

@@ -19,10 +19,11 @@ from types import TracebackType
 from typing import Any, Literal
 
 from flexport.backend import Backend
-from flexport.engine.cache import BatchCache, CacheShape
+from flexport.engine.cache import BatchCache
 from flexport.engine.clock import Clock
 from flexport.engine.generation import Generation
 from flexport.engine.limits import default_budgets, dtype_for
+from flexport.engine.pages import CacheShape
 from flexport.engine.plan import Plan, model_sizes
 from flexport.engine.report import report
 from flexport.engine.rows import Batch, Row
@@ -33,12 +34,12 @@ from flexport.engine.work import JobWork, Purpose
 from flexport.errors import DoesNotFit, OutOfMemory, UsageError
 from flexport.intake.pack import pack
 from flexport.planner.auto import Choice, check, choose
-from flexport.planner.footprint import JOIN_ROWS, JobSizes, footprint, page_tokens_for
+from flexport.planner.footprint import JobSizes, footprint, page_tokens_for
 from flexport.policy import Budgets, Policy
 from flexport.records import Completion, Request
 from flexport.registry import open_backend
 from flexport.schedule.executor import execute
-from flexport.schedule.order import BatchPlan, Rota, bands_of
+from flexport.schedule.order import BatchPlan, Rota
 from flexport.store.place import Dealer
 from flexport.store.store import Store
 from flexport.tokenizer import Tokenizer, open_tokenizer
@@ -136,7 +137,8 @@ class Engine:
         plan = self._prepare(job)
         generation = Generation(self.tokenizer, self.spec.eos_token_ids, self._seed)
         window = max(PEEK_ROWS, 4 * plan.policy.block_size)
-        packed = pack(chain(head, source), plan.policy.batch_size, window, _Area.of(plan).holds)
+        area = _Area.of(plan, self._cache_shape())
+        packed = pack(chain(head, source), plan.policy.batch_size, window, area.holds)
         batches = ([generation.row(request) for request in requests] for requests in packed)
         with closing(self._run(batches, generation, lambda: generation.num_tokens)) as visits:
             for _ in visits:
@@ -211,7 +213,7 @@ class Engine:
         rota = Rota(
             self.spec.num_schedule_layers,
             self.plan.policy.sweep_tokens,
-            JOIN_ROWS if self.plan.policy.sweep_tokens else 0,
+            self.plan.policy.prefill_tokens if self.plan.policy.sweep_tokens else 0,
             admission.admit,
             lambda: admission.is_waiting,
         )
@@ -247,7 +249,8 @@ class Engine:
     def _cache_shape(self) -> CacheShape:
         """The shape of the model's cache under the plan in force."""
         assert self.plan is not None
-        return CacheShape.of(self.spec, self.plan.page_tokens, torch_dtype(self.dtype))
+        by_feature = self.backend.capabilities.keys_by_feature
+        return CacheShape.of(self.spec, self.plan.page_tokens, by_feature, torch_dtype(self.dtype))
 
     # ---- plans
 
@@ -343,25 +346,20 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Area:
-    """The cache that the plan has for a batch: whole pages of its rows."""
+    """The cache that the plan has for a batch."""
 
-    num_pages: int
-    page_tokens: int
+    shape: CacheShape
+    num_bytes: int
 
     @classmethod
-    def of(cls, plan: Plan) -> _Area:
-        """Rows times pages of the batch that was planned for."""
-        area = cls(num_pages=0, page_tokens=plan.page_tokens)
-        rows = (
-            plan.policy.batch_size
-            if plan.job.num_rows is None
-            else min(plan.policy.batch_size, plan.job.num_rows)
-        )
-        return replace(area, num_pages=rows * area.pages(plan.job.columns))
-
-    def pages(self, columns: int) -> int:
-        """Pages of one row."""
-        return -(-columns // self.page_tokens)
+    def of(cls, plan: Plan, shape: CacheShape) -> _Area:
+        """The batch that was planned for."""
+        job = plan.job
+        rows = plan.policy.batch_size
+        if job.num_rows is not None:
+            rows = min(rows, job.num_rows)
+        row_bytes = shape.row_bytes(job.prompt_tokens, job.columns - job.prompt_tokens)
+        return cls(shape=shape, num_bytes=rows * row_bytes)
 
     def holds(self, requests: Sequence[Request]) -> bool:
         """Whether these rows together take no more than what was planned for.
@@ -370,7 +368,8 @@ class _Area:
         """
         prompt_tokens = max(len(request.token_ids) for request in requests)
         new_tokens = max(request.sampling.max_tokens for request in requests)
-        return len(requests) * self.pages(prompt_tokens + new_tokens - 1) <= self.num_pages
+        row_bytes = self.shape.row_bytes(prompt_tokens, new_tokens - 1)
+        return len(requests) * row_bytes <= self.num_bytes
 
 
 class _Admission:
@@ -408,6 +407,7 @@ class _Admission:
                 self._waiting.extend(islice(self._source, 1))
             if not self._waiting:
                 self._all_read = True
+                self._work.more_to_come = False
                 return
             rows = self._waiting.popleft()
             dealer = deepcopy(self._dealer)
@@ -434,21 +434,18 @@ class _Admission:
     def _batch(self, rows: Sequence[Row]) -> Batch:
         lengths = [len(row.prompt_ids) for row in rows]
         max_steps = max(row.max_steps for row in rows)
-        bands = bands_of(lengths, self._policy.visit_tokens)
         columns = max(lengths) + max_steps - 1
         chunked = max(lengths) > self._policy.visit_tokens
         cache = BatchCache(
             self._shape,
             self._store,
             lengths,
-            bands,
             self._dealer,
             columns if max_steps > 1 or chunked else 0,
         )
         return Batch(
             index=self._num_batches,
             rows=rows,
-            bands=bands,
             plan=BatchPlan(self._num_batches, lengths, max_steps, self._policy.visit_tokens),
             cache=cache,
             num_columns=max(lengths),

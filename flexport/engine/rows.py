@@ -32,7 +32,6 @@ class Batch:
 
     index: int
     rows: Sequence[Row]
-    bands: Sequence[tuple[int, int]]
     plan: BatchPlan
     cache: BatchCache
     num_columns: int
@@ -51,13 +50,13 @@ class Batch:
 
     def live(self, piece: Piece) -> list[int]:
         """The rows of the piece that are still going, in order."""
-        begin, end = (0, len(self.rows)) if piece.band is None else self.bands[piece.band]
-        return [index for index in range(begin, end) if not self.rows[index].ended]
+        rows = range(*(piece.rows or (0, len(self.rows))))
+        return [index for index in rows if not self.rows[index].ended]
 
     def num_tokens(self, piece: Piece) -> int:
         """Tokens of the piece that are computed."""
         live = self.live(piece)
-        if piece.band is None:
+        if piece.rows is None:
             return len(live)
         return sum(piece.stop - max(piece.start, self.start(index)) for index in live)
 
@@ -67,7 +66,7 @@ class Batch:
         positions: list[int] = []
         for index in self.live(piece):
             row, start = self.rows[index], self.start(index)
-            if piece.band is None:
+            if piece.rows is None:
                 ids.append(row.sampled_ids[piece.start - self.num_columns])
                 positions.append(piece.start - start)
             else:

@@ -79,6 +79,9 @@ class JobWork:
         self._clock = clock
         self._behind_bytes = needs.headroom_bytes
         self._states_bytes = needs.states_bytes
+        self._claim_bytes = needs.claim_bytes
+        self.more_to_come = True
+        """Whether batches may come that there is no cache for yet."""
         self._layers: dict[tuple[int, int], LayerLease] = {}
         self._held: dict[tuple[int, Piece], HeldBands] = {}
         """The pages of each piece, by layer."""
@@ -150,20 +153,22 @@ class JobWork:
             if batch.plan.ended:
                 batch.cache.release(held)
             else:
-                batch.cache.write_back(held, batch.live(piece))
+                batch.cache.write_back(held, piece, batch.live(piece))
         if visit.last:
             self._layers.pop((visit.sweep, visit.layer)).release()
         for index in {piece.batch for piece in visit.pieces} & set(self.batches):
             batch = self.batches[index]
             if batch.plan.ended and not self._is_awaited(batch):
                 self._retire(batch)
-        self._clock.lap(decode=visit.pieces[0].band is None)
+        num_tokens = sum(piece.num_tokens for piece in visit.pieces)
+        num_decoded = sum(piece.num_tokens for piece in visit.pieces if piece.rows is None)
+        self._clock.lap(decode_share=num_decoded / num_tokens)
 
     def abandon(self) -> None:
         """Give everything back in the middle of a job, which is not gone on with."""
         for held in self._held.values():
             for of_band in held:
-                for lease in of_band.leases:
+                for lease in of_band.leases.values():
                     lease.release()
         for layer in self._layers.values():
             layer.release()
@@ -231,13 +236,16 @@ class JobWork:
         return self._parts(visit) if 0 < visit.layer < self._spec.head_layer else []
 
     def _headroom(self) -> tuple[int, int]:
-        """What has to stay free: room for what computing leaves, and for states to come."""
+        """What has to stay free: for what computing leaves, for states and for batches to come."""
         used = self._hidden.used_bytes
         behind, states = self._behind_bytes, self._states_bytes
-        return (
-            behind[0] + max(0, states[0] - used[0]),
-            behind[1] + max(0, states[1] - used[1]),
-        )
+        device_bytes = behind[0] + max(0, states[0] - used[0])
+        host_bytes = behind[1] + max(0, states[1] - used[1])
+        if self.more_to_come:
+            claims = [batch.cache.claim_bytes for batch in self.batches.values()]
+            device_bytes += max(0, self._claim_bytes[0] - sum(claim[0] for claim in claims))
+            host_bytes += max(0, self._claim_bytes[1] - sum(claim[1] for claim in claims))
+        return device_bytes, host_bytes
 
     def _is_awaited(self, batch: Batch) -> bool:
         return any(piece.batch == batch.index for visit in self._ahead for piece in visit.pieces)
@@ -250,10 +258,7 @@ class JobWork:
 def _same_pages(visit: Visit, other: Visit) -> bool:
     """Whether the visit needs pages that the other one, which comes before, writes to."""
     return visit.layer == other.layer and any(
-        piece.batch == before.batch
-        and (None in (piece.band, before.band) or piece.band == before.band)
-        for piece in visit.pieces
-        for before in other.pieces
+        piece.shares_rows_with(before) for piece in visit.pieces for before in other.pieces
     )
 
 

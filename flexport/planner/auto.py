@@ -8,6 +8,7 @@ needs only ratios to rank policies, so typical rates serve where nothing was mea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,16 @@ __all__ = ["Choice", "Rates", "check", "choose", "predicted_tok_s"]
 BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BATCH_ROWS = 64
 """Rows of a micro-batch: matrix kernels are near their best from here on."""
+
+PACED_BATCH_ROWS = 8
+"""Rows of a micro-batch where prompts are paced: few, since all of them wait for the last one's
+prompt; not too few, since each batch costs some kernel calls of its own in every layer."""
+
+PACED_BATCHES = 4
+"""Batches that pacing needs at least: one of them is always being prefilled."""
+
+PACED_SHARE = 0.95
+"""What pacing is taken to reach of its predicted speed: those kernel calls are not in it."""
 
 STEPS = 14
 """Halvings in a search for a share: exact to 1/16384, far below one row."""
@@ -111,36 +122,69 @@ def predicted_tok_s(
     model: ModelSizes, job: JobSizes, policy: Policy, rates: Rates, unified: bool
 ) -> float:
     """Generated tokens a second of the whole job, if every lane runs at its rate."""
-    rows = policy.block_size if job.num_rows is None else min(policy.block_size, job.num_rows)
-    prefill_s, moved_s, compute_s = _seconds(model, job, policy, rates, unified, rows)
-    step_s = max(moved_s, compute_s)
-    return rows * job.new_tokens / (prefill_s + job.new_tokens * step_s)
+    sweeps = _Sweeps(model, job, policy, rates, unified)
+    return sweeps.paced_tok_s() if policy.sweep_tokens else sweeps.lockstep_tok_s()
 
 
-def _seconds(
-    model: ModelSizes, job: JobSizes, policy: Policy, rates: Rates, unified: bool, rows: int
-) -> tuple[float, float, float]:
-    """Of a block: its prefill, and moving and computing one decode step at the mean length."""
-    batch_rows = min(policy.batch_size, rows)
-    mean_tokens = job.prompt_tokens + job.new_tokens / 2
-    cache_bytes = rows * mean_tokens * model.cache_token_bytes
-    far = 0.0 if unified else 1.0
-    disk_bytes = policy.weights.disk * model.stream_bytes + policy.cache.disk * cache_bytes
-    link_bytes = far * (
-        (policy.weights.disk + policy.weights.host) * model.stream_bytes
-        + (policy.cache.disk + policy.cache.host) * cache_bytes
-    )
-    moved_s = max(disk_bytes / rates.disk_bytes_per_s, link_bytes / rates.link_bytes_per_s)
-    efficiency = batch_rows / (batch_rows + rates.half_rows)
-    compute_s = (
-        rows * model.token_flops / (rates.flops_per_s * efficiency)
-        + cache_bytes / rates.memory_bytes_per_s
-    )
-    prefill_s = max(
-        rows * job.prompt_tokens * model.token_flops / rates.flops_per_s,
-        policy.weights.disk * model.stream_bytes / rates.disk_bytes_per_s,
-    )
-    return prefill_s, moved_s, compute_s
+@dataclass(frozen=True, slots=True)
+class _Sweeps:
+    """How long sweeps of one policy take. All rows are as long as the job's longest one."""
+
+    model: ModelSizes
+    job: JobSizes
+    policy: Policy
+    rates: Rates
+    unified: bool
+
+    def lockstep_tok_s(self) -> float:
+        """All rows of a block are prefilled in one sweep, and then decoded step by step."""
+        job, policy = self.job, self.policy
+        rows = policy.block_size if job.num_rows is None else min(policy.block_size, job.num_rows)
+        prompts_s = self.sweep_s(rows * job.prompt_tokens, 0, policy.visit_tokens)
+        step_s = self.sweep_s(0, rows, min(policy.batch_size, rows))
+        return rows * job.new_tokens / (prompts_s + (job.new_tokens - 1) * step_s)
+
+    def paced_tok_s(self) -> float:
+        """Each sweep takes in some rows and decodes those that came before."""
+        job, policy = self.job, self.policy
+        steps = max(1, job.new_tokens - 1)
+        # A batch decodes when all its rows are prefilled, so one of the slots does not.
+        decoded = max(policy.block_size - policy.batch_size, policy.block_size / 2)
+        rows_a_sweep = min(policy.sweep_tokens / job.prompt_tokens, decoded / steps)
+        prompt_tokens = rows_a_sweep * job.prompt_tokens
+        full_s = self.sweep_s(prompt_tokens, decoded, prompt_tokens + decoded)
+        if job.num_rows is None:
+            return PACED_SHARE * rows_a_sweep * job.new_tokens / full_s
+        # The first rows find the slots empty, and the last ones leave them so.
+        first = min(job.num_rows, decoded)
+        filling, full = first / rows_a_sweep, (job.num_rows - first) / rows_a_sweep
+        filling_s = self.sweep_s(prompt_tokens, first / 2, prompt_tokens + first / 2)
+        last = max(0.0, job.num_rows * steps - full * decoded - filling * first / 2) / steps
+        total_s = filling * filling_s + full * full_s + steps * self.sweep_s(0, last, last)
+        return PACED_SHARE * job.num_rows * job.new_tokens / total_s
+
+    def sweep_s(self, prompt_tokens: float, rows: float, product_tokens: float) -> float:
+        """A sweep that prefills so many tokens and decodes so many rows.
+
+        `product_tokens` pass one matrix product together.
+        """
+        model, policy, rates = self.model, self.policy, self.rates
+        mean_tokens = self.job.prompt_tokens + self.job.new_tokens / 2
+        cache_bytes = rows * mean_tokens * model.cache_token_bytes
+        disk_bytes = policy.weights.disk * model.stream_bytes + policy.cache.disk * cache_bytes
+        link_bytes = 0.0
+        if not self.unified:
+            weights, cache = policy.weights, policy.cache
+            link_bytes = (weights.disk + weights.host) * model.stream_bytes
+            link_bytes += (cache.disk + cache.host) * cache_bytes
+        efficiency = product_tokens / (product_tokens + rates.half_rows)
+        flops = (prompt_tokens + rows) * model.token_flops
+        return max(
+            disk_bytes / rates.disk_bytes_per_s,
+            link_bytes / rates.link_bytes_per_s,
+            flops / max(1.0, rates.flops_per_s * efficiency)
+            + cache_bytes / rates.memory_bytes_per_s,
+        )
 
 
 def _blocks(model: ModelSizes, job: JobSizes, fixed: Choice) -> Iterator[Policy]:
@@ -151,13 +195,14 @@ def _blocks(model: ModelSizes, job: JobSizes, fixed: Choice) -> Iterator[Policy]
     most = job.num_rows or max(BLOCK_SIZES)
     sizes = sorted({*(size for size in BLOCK_SIZES if size < most), min(most, BLOCK_SIZES[-1])})
     shapes = {
-        (
-            fixed.batch_size or min(BATCH_ROWS, -(-size // (fixed.num_batches or 1))),
-            fixed.num_batches or max(1, -(-size // (fixed.batch_size or BATCH_ROWS))),
-        )
+        shape
         for size in sizes
+        for shape in (_lockstep(size, fixed), _paced(size, job, fixed))
+        if shape is not None
     }
-    for batch_size, num_batches in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
+    for batch_size, num_batches, sweep_tokens in sorted(
+        shapes, key=lambda shape: (shape[0] * shape[1], shape[2])
+    ):
         yield Policy(
             weights=fixed.weights or everything,
             cache=fixed.cache or everything,
@@ -165,8 +210,28 @@ def _blocks(model: ModelSizes, job: JobSizes, fixed: Choice) -> Iterator[Policy]
             batch_size=batch_size,
             num_batches=num_batches,
             prefill_tokens=prefill_tokens,
-            sweep_tokens=fixed.sweep_tokens or 0,
+            sweep_tokens=sweep_tokens,
         )
+
+
+def _lockstep(size: int, fixed: Choice) -> tuple[int, int, int]:
+    """Batch size, number of batches and sweep tokens of a block that goes step by step."""
+    batch_size = fixed.batch_size or min(BATCH_ROWS, -(-size // (fixed.num_batches or 1)))
+    num_batches = fixed.num_batches or max(1, -(-size // (fixed.batch_size or BATCH_ROWS)))
+    return batch_size, num_batches, fixed.sweep_tokens or 0
+
+
+def _paced(size: int, job: JobSizes, fixed: Choice) -> tuple[int, int, int] | None:
+    """The same of one whose rows come and go all the time, if there can be one."""
+    if fixed.sweep_tokens is not None or job.new_tokens < 2:
+        return None
+    batch_size = fixed.batch_size or min(PACED_BATCH_ROWS, max(1, size // PACED_BATCHES))
+    num_batches = fixed.num_batches or size // batch_size
+    if num_batches < PACED_BATCHES:
+        return None
+    # What comes in at this pace is what ends, when all slots are in use.
+    rows_a_sweep = (num_batches - 1) * batch_size / (job.new_tokens - 1)
+    return batch_size, num_batches, math.ceil(rows_a_sweep * job.prompt_tokens)
 
 
 def _filled(

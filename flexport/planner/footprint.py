@@ -14,7 +14,6 @@ from flexport.policy import Policy, Split
 
 __all__ = [
     "HEAD_TOKENS",
-    "JOIN_ROWS",
     "Footprint",
     "JobSizes",
     "ModelSizes",
@@ -22,17 +21,18 @@ __all__ = [
     "footprint",
     "layer_splits",
     "page_tokens_for",
+    "page_widths",
 ]
 
 HEAD_TOKENS = 256
 """Tokens that pass the head at once: logits are wide, and scoring wants many of them."""
 
-JOIN_ROWS = 32
-"""Rows of decode steps that are computed together where batches are small to pace prompts."""
+PROMPT_PAGE_TOKENS = 256
+"""Columns of a page of the prompt: wide enough for attention to run at its full rate, and narrow
+enough for a chunk of a long prompt not to move much more than itself."""
 
 SPILL_PAGE_TOKENS = 16
 """Columns of a page when some rows' cache is on disk: their newest page waits in memory."""
-
 
 GRAIN_BYTES = 4096
 """Memory and disk are handed out in multiples of this: a page of memory."""
@@ -162,6 +162,12 @@ class Footprint:
         return (sum(self.behind_bytes), 0) if self.unified else self.behind_bytes
 
     @property
+    def claim_bytes(self) -> tuple[int, int]:
+        """What the caches of all batches set aside of device and host memory."""
+        device_bytes, host_bytes = self.cache_bytes[0], self.cache_bytes[1] + self.open_page_bytes
+        return (device_bytes + host_bytes, 0) if self.unified else (device_bytes, host_bytes)
+
+    @property
     def states_bytes(self) -> tuple[int, int]:
         """What hidden states take on device and host."""
         device_bytes, host_bytes, _ = self.activation_bytes
@@ -198,9 +204,25 @@ def _with_device(split: Split, device: float) -> Split:
     return Split(device=device, host=host, disk=max(0.0, 1 - device - host))
 
 
-def cache_row_bytes(model: ModelSizes, columns: int, page_tokens: int) -> int:
-    """The cache of one row of so many columns, in whole pages."""
-    return -(-columns // page_tokens) * _page_row_bytes(model, page_tokens) * model.num_layers
+def page_widths(
+    prompt: int, decoded: int, page_tokens: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Columns of each page of a prompt, and of what is decoded after it."""
+    return _widths(prompt, PROMPT_PAGE_TOKENS), _widths(decoded, page_tokens)
+
+
+def _widths(columns: int, most: int) -> tuple[int, ...]:
+    full, rest = divmod(columns, most)
+    return (most,) * full + ((rest,) if rest else ())
+
+
+def cache_row_bytes(model: ModelSizes, job: JobSizes, page_tokens: int) -> int:
+    """The cache of one row of the job's lengths."""
+    decoded = job.columns - job.prompt_tokens
+    widths = [
+        width for part in page_widths(job.prompt_tokens, decoded, page_tokens) for width in part
+    ]
+    return model.num_layers * sum(_page_row_bytes(model, width) for width in widths)
 
 
 def footprint(
@@ -216,10 +238,12 @@ def footprint(
     if job.num_rows is not None:
         rows = max(1, min(rows, job.num_rows))
     batch_rows = min(policy.batch_size, rows)
-    visit_rows = max(batch_rows, min(rows, JOIN_ROWS)) if policy.sweep_tokens else batch_rows
+    visit_rows = min(rows, policy.prefill_tokens) if policy.sweep_tokens else batch_rows
     num_batches = -(-rows // batch_rows)
     prompt_tokens = batch_rows * job.prompt_tokens
     visit_tokens = max(visit_rows, min(policy.visit_tokens, prompt_tokens))
+    if policy.sweep_tokens:
+        visit_tokens = min(policy.prefill_tokens, visit_tokens + rows)
     # Every visit but a band's last is more than half full.
     num_pieces = num_batches * min(
         batch_rows * -(-job.prompt_tokens // policy.visit_tokens),
@@ -239,16 +263,16 @@ def footprint(
     )
     load_bytes = round(near_bytes) + model.layer_slack_bytes if near_bytes > 0 else 0
 
-    row_bytes = cache_row_bytes(model, job.columns, page_tokens)
+    row_bytes = cache_row_bytes(model, job, page_tokens)
     layer_row_bytes = row_bytes / model.num_layers
-    page_row_bytes = _page_row_bytes(model, page_tokens)
+    page_row_bytes = _page_row_bytes(model, min(page_tokens, job.columns - job.prompt_tokens))
     cache_far = policy.cache.disk + (0.0 if unified else policy.cache.host)
     # Pages of this visit and of the next one.
     cuts = -(-visit_rows // batch_rows)
     pages_bytes = 2 * _rows_of(visit_rows, cache_far, cuts) * layer_row_bytes
     disk_pages_bytes = 2 * _rows_of(visit_rows, policy.cache.disk, cuts) * layer_row_bytes
     # Pages of two visits may be under way to their home while a third one is computed.
-    drafts_bytes = 3 * page_row_bytes * _new_pages(job, policy, visit_rows, page_tokens, cache_far)
+    drafts_bytes = 3 * _written_bytes(model, job, policy, visit_rows, page_tokens, cache_far)
     states_far = policy.activations.disk + (0.0 if unified else policy.activations.host)
     # The states of this visit and the next one, and of two on their way home.
     states_bytes = 4 * _states_bytes(model, visit_tokens, states_far)
@@ -319,9 +343,9 @@ def _neighbours(layer_bytes: Sequence[float]) -> float:
     return max(here + after for here, after in pairs)
 
 
-def _page_row_bytes(model: ModelSizes, page_tokens: int) -> int:
-    """What one row takes of one layer's page, in whole grains of memory."""
-    return _grains(page_tokens * model.cache_token_bytes / model.num_layers)
+def _page_row_bytes(model: ModelSizes, width: int) -> int:
+    """What one row takes of one layer's page, keys and values each in whole grains of memory."""
+    return 2 * _grains(width * model.cache_token_bytes / model.num_layers / 2)
 
 
 def _rows_of(rows: int, share: float, cuts: int = 1) -> float:
@@ -329,16 +353,25 @@ def _rows_of(rows: int, share: float, cuts: int = 1) -> float:
     return min(rows, share * rows + CUT_ROWS * cuts) if share > 0 else 0.0
 
 
-def _new_pages(
-    job: JobSizes, policy: Policy, batch_rows: int, page_tokens: int, share: float
+def _written_bytes(
+    model: ModelSizes,
+    job: JobSizes,
+    policy: Policy,
+    visit_rows: int,
+    page_tokens: int,
+    share: float,
 ) -> float:
-    """Pages of single rows that a visit writes to, of those at home in this share."""
+    """Parts of pages that a visit writes to, of those at home in this share."""
     if share <= 0:
         return 0.0
+    newest = _page_row_bytes(model, min(page_tokens, job.columns - job.prompt_tokens))
     longest = min(policy.visit_tokens, job.prompt_tokens)
-    tokens = min(policy.visit_tokens, batch_rows * job.prompt_tokens)
-    all_pages = tokens / page_tokens + batch_rows
-    return min(all_pages, share * all_pages + CUT_ROWS * (longest / page_tokens + 1))
+    # A chunk may begin and end within a page, and pages reach back to the longest row's start.
+    chunk_tokens = longest + 2 * min(PROMPT_PAGE_TOKENS, job.prompt_tokens)
+    chunk = _page_row_bytes(model, chunk_tokens)
+    prompt_rows = max(1, min(policy.visit_tokens // longest, visit_rows))
+    all_bytes = prompt_rows * chunk + visit_rows * newest
+    return min(all_bytes, share * all_bytes + CUT_ROWS * (chunk + newest))
 
 
 def _states_bytes(model: ModelSizes, tokens: int, share: float) -> float:

@@ -2,10 +2,11 @@
 
 A **batch** is a handful of rows that are decoded together; several are in flight at once and
 share every sweep over the weights. A **piece** is the part of one batch that is computed at once:
-in prefill the prompt columns of one band of its rows, in decode one new column of all its rows.
-So a sweep is a list of pieces, and prefill, chunked prefill and decode differ only in their
-numbers. A **visit** takes a group of pieces through one layer, in one product each. Because each batch keeps its own place, a sweep may carry prompts of one batch and
-decode steps of others, so that prompts are computed while weights are on their way.
+in prefill prompt columns of some of its rows, in decode one new column of all its rows. So a
+sweep is a list of pieces, and prefill, chunked prefill and decode differ only in their numbers.
+A **visit** takes a group of pieces through one layer, in one product each. Because each batch
+keeps its own place, a sweep may carry prompts of one batch and decode steps of others, so that
+prompts are computed while weights are on their way.
 
 Rows are aligned at the right: a batch's prompts end in column P - 1, where P is its longest
 prompt, and step s of every row is column P + s - 1. A decode step therefore appends one column
@@ -28,15 +29,23 @@ __all__ = ["BatchPlan", "Piece", "Rota", "Visit", "bands_of", "joined", "prefill
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What one visit computes of a batch: columns start .. stop-1 of a band of rows."""
+    """What one visit computes of a batch: columns start .. stop-1 of some rows."""
 
     batch: int
-    band: int | None
-    """Index of the band of rows that is prefilled; None is a decode step of all rows."""
+    rows: tuple[int, int] | None
+    """The range of rows that is prefilled; None is a decode step of all rows."""
     start: int
     stop: int
     num_tokens: int
     """Real tokens, at most; rows that ended early in decode need none."""
+
+    def shares_rows_with(self, other: Piece) -> bool:
+        """Whether both compute tokens of a same row."""
+        if self.batch != other.batch:
+            return False
+        if self.rows is None or other.rows is None:
+            return True
+        return self.rows[0] < other.rows[1] and other.rows[0] < self.rows[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +82,7 @@ def prefill_pieces(batch: int, lengths: Sequence[int], max_tokens: int) -> list[
     """The pieces that prefill a batch, in the order in which they must run."""
     columns = max(lengths)
     pieces = []
-    for band, (begin, end) in enumerate(bands_of(lengths, max_tokens)):
+    for begin, end in bands_of(lengths, max_tokens):
         first = columns - max(lengths[begin:end])
         step = max_tokens if end - begin == 1 else columns
         for start in range(first, columns, step):
@@ -82,7 +91,7 @@ def prefill_pieces(batch: int, lengths: Sequence[int], max_tokens: int) -> list[
                 max(0, stop - max(start, columns - length)) for length in lengths[begin:end]
             )
             pieces.append(
-                Piece(batch=batch, band=band, start=start, stop=stop, num_tokens=num_tokens)
+                Piece(batch=batch, rows=(begin, end), start=start, stop=stop, num_tokens=num_tokens)
             )
     return pieces
 
@@ -100,18 +109,16 @@ class BatchPlan:
         # The first token is sampled from the prefill; each decode step samples one more.
         self._num_columns = max(lengths) + max_steps - 1
 
-    def take(self, num_tokens: float, at_least_one: bool) -> list[Piece]:
-        """The batch's pieces for the next sweep: what fits of its prefill, or a decode step.
+    def take(self, num_tokens: float) -> list[Piece]:
+        """The batch's pieces for the next sweep: some of its prefill, or a decode step.
 
-        num_tokens is what is left of the sweep's prompt tokens. With at_least_one a piece of
-        prefill goes even if it is larger: else it would wait until nobody decodes any more.
+        Of its prefill goes what begins within the next num_tokens prompt tokens.
         """
         if self.ended:
             return []
         if self._prefill:
             pieces: list[Piece] = []
-            while self._prefill and (at_least_one or self._prefill[0].num_tokens <= num_tokens):
-                at_least_one = False
+            while self._prefill and num_tokens > 0:
                 num_tokens -= self._prefill[0].num_tokens
                 pieces.append(self._prefill.popleft())
             return pieces
@@ -123,27 +130,29 @@ class BatchPlan:
         start = self._next_column
         self._next_column += 1
         return Piece(
-            batch=self.batch, band=None, start=start, stop=start + 1, num_tokens=self._num_rows
+            batch=self.batch, rows=None, start=start, stop=start + 1, num_tokens=self._num_rows
         )
 
 
-def joined(pieces: Iterable[Piece], max_rows: int) -> list[tuple[Piece, ...]]:
-    """Groups of pieces that are computed together: decode steps of up to max_rows rows.
+def joined(pieces: Iterable[Piece], max_tokens: int) -> list[tuple[Piece, ...]]:
+    """Groups of pieces that are computed together, of at most max_tokens tokens where it can be.
 
-    A product of few rows takes as long as one of many, since it reads the same weights; so the
-    steps of small batches go together. Prompts are long enough to go alone.
+    A product of few tokens takes about as long as one of many, since it reads the same weights.
     """
-    groups: list[tuple[Piece, ...]] = []
-    steps: list[Piece] = []
+    groups: list[list[Piece]] = []
+    num_tokens = 0
     for piece in pieces:
-        if piece.band is not None:
-            groups.append((piece,))
-            continue
-        if steps and sum(step.num_tokens for step in steps) + piece.num_tokens > max_rows:
-            groups.append(tuple(steps))
-            steps = []
-        steps.append(piece)
-    return [*groups, tuple(steps)] if steps else groups
+        num_tokens += piece.num_tokens
+        # A later chunk of the same prompt needs what an earlier one leaves in the cache.
+        if (
+            not groups
+            or num_tokens > max_tokens
+            or any(piece.shares_rows_with(other) for other in groups[-1])
+        ):
+            groups.append([])
+            num_tokens = piece.num_tokens
+        groups[-1].append(piece)
+    return [tuple(group) for group in groups]
 
 
 def zigzag(sweep: int, num_layers: int, groups: Sequence[tuple[Piece, ...]]) -> Iterator[Visit]:
@@ -166,7 +175,7 @@ class Rota:
         self,
         num_layers: int,
         sweep_tokens: int,
-        join_rows: int,
+        join_tokens: int,
         admit: Callable[[], Iterable[BatchPlan]],
         is_waiting: Callable[[], bool],
     ) -> None:
@@ -174,12 +183,13 @@ class Rota:
 
         `is_waiting` says whether some can't join yet, because what batches that have ended hold
         comes free only when the visits fetched ahead for them have passed. sweep_tokens bounds
-        the prompt tokens of a sweep; 0 is no bound. Decode steps of up to join_rows rows are
-        computed together; 0 keeps every batch to itself.
+        the prompt tokens of a sweep on average; 0 is no bound. Pieces of up to join_tokens tokens are
+        computed together; 0 keeps each of them to itself.
         """
         self._num_layers = num_layers
         self._sweep_tokens = sweep_tokens or math.inf
-        self._join_rows = join_rows
+        self._left_tokens = 0.0
+        self._join_tokens = join_tokens
         self._admit = admit
         self._is_waiting = is_waiting
         self._batches: list[BatchPlan] = []
@@ -192,7 +202,7 @@ class Rota:
             self._batches.extend(self._admit())
             pieces = self._next_pieces()
             if pieces:
-                yield from zigzag(sweep, self._num_layers, joined(pieces, self._join_rows))
+                yield from zigzag(sweep, self._num_layers, joined(pieces, self._join_tokens))
                 sweep += 1
             elif self._batches or self._is_waiting():
                 yield None
@@ -200,10 +210,18 @@ class Rota:
                 return
 
     def _next_pieces(self) -> list[Piece]:
-        left = self._sweep_tokens
+        # A piece goes whole, and what it is too much the next sweeps have less.
+        self._left_tokens = min(self._left_tokens, 0) + self._sweep_tokens
+        pieces = self._take_pieces()
+        if not pieces:  # nobody decodes, so there is nothing to wait for
+            self._left_tokens = self._sweep_tokens
+            pieces = self._take_pieces()
+        return pieces
+
+    def _take_pieces(self) -> list[Piece]:
         pieces: list[Piece] = []
         for plan in self._batches:
-            taken = plan.take(left, at_least_one=left == self._sweep_tokens)
+            taken = plan.take(self._left_tokens)
             pieces.extend(taken)
-            left -= sum(piece.num_tokens for piece in taken if piece.band is not None)
+            self._left_tokens -= sum(piece.num_tokens for piece in taken if piece.rows is not None)
         return pieces

@@ -106,16 +106,24 @@ class Lane:
             return self._busy_s + running_s
 
     def submit(
-        self, tasks: Sequence[Callable[[], int]], then: Callable[[], None] | None = None
+        self,
+        tasks: Sequence[Callable[[], int]],
+        then: Callable[[], None] | None = None,
+        *,
+        urgent: bool = False,
     ) -> Job:
         """Queue tasks, each of which gives the number of bytes it moved.
 
-        `then` is called when the last one has ended, if none has failed.
+        `then` is called when the last one has ended, if none has failed. Urgent tasks go before
+        all that wait: somebody stands still until they are done.
         """
         job = Job(len(tasks), then)
         with self._changed:
             assert self._open, f"lane {self.name} is closed"
-            self._tasks.extend((task, job) for task in tasks)
+            if urgent:
+                self._tasks.extendleft((task, job) for task in reversed(tasks))
+            else:
+                self._tasks.extend((task, job) for task in tasks)
             self._changed.notify(len(tasks))
         return job
 

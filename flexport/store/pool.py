@@ -147,6 +147,11 @@ class Promise:
         self._pool = pool
         self._left_bytes = num_bytes
 
+    @property
+    def left_bytes(self) -> int:
+        """What was not taken yet."""
+        return self._left_bytes
+
     def add(self, num_bytes: int, wait: Callable[[], bool] | None = None) -> None:
         """Set more aside; as `Pool.reserve`."""
         self._pool.reserve(num_bytes, wait)

@@ -97,19 +97,24 @@ def test_each_sweep_reads_the_streamed_weights_once(model, nothing_left):
 
 
 def test_a_cache_on_disk_is_written_once_and_read_once_a_step(model, nothing_left):
-    """Pages have 16 columns. 30 prompt columns and 3 more make two whole pages, and one begun."""
-    page_bytes = NUM_ROWS * 2 * 256 * 16 * 4
+    """A page of the prompt's 30 columns, and pages of 16 for what is decoded: one, and one begun.
+
+    In this model 4 columns of a row make 4096 bytes, to which its part of a page is rounded up.
+    """
+    column_bytes = NUM_ROWS * 2 * 256 * 4
     with flexport.LLM(
         model, dtype="float32", percent=[100, 0, 0, 0, 100, 0], batch_size=NUM_ROWS,
         offload_dir=nothing_left, **AMPLE,
     ) as llm:  # fmt: skip
-        _generate(llm, num_tokens=4)
+        _generate(llm, num_tokens=20)
         moved = llm.report["moved_bytes"]
 
-    # The page that is still growing stays in memory: steps read 1 whole page, 1, and then 2.
-    assert moved["host_to_disk"] == NUM_LAYERS * 2 * page_bytes
-    table_bytes = 2 * 4 * NUM_ROWS * 256 * 4
-    assert moved["disk_to_host"] == pytest.approx(NUM_LAYERS * 4 * page_bytes, abs=table_bytes)
+    # The page that is still growing stays in memory: of 19 steps, 3 read the page of 16.
+    written, read = 32 + 16, 19 * 32 + 3 * 16
+    assert moved["host_to_disk"] == NUM_LAYERS * written * column_bytes
+    table_bytes = 2 * 20 * NUM_ROWS * 256 * 4
+    read_bytes = NUM_LAYERS * read * column_bytes
+    assert moved["disk_to_host"] == pytest.approx(read_bytes, abs=table_bytes)
 
 
 def test_on_a_device_with_its_own_memory_resident_weights_cross_the_link_once(model, nothing_left):

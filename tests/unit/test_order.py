@@ -23,7 +23,7 @@ MOST_TOKENS = st.integers(1, 60)
 
 
 def piece(batch, start=0):
-    return Piece(batch=batch, band=None, start=start, stop=start + 1, num_tokens=1)
+    return Piece(batch=batch, rows=None, start=start, stop=start + 1, num_tokens=1)
 
 
 def test_all_batches_pass_a_layer_before_any_passes_the_next():
@@ -55,13 +55,13 @@ def test_bands_cut_the_rows_and_keep_to_the_bound_unless_one_row_is_more(lengths
 def test_prefill_computes_every_prompt_token_once_and_in_order(lengths, max_tokens):
     pieces = prefill_pieces(0, lengths, max_tokens)
 
-    columns, bands = max(lengths), bands_of(lengths, max_tokens)
+    columns = max(lengths)
     computed: list[list[int]] = [[] for _ in lengths]
     for each in pieces:
         assert each.num_tokens <= max_tokens
-        assert each.band is not None
+        assert each.rows in bands_of(lengths, max_tokens)
         found = 0
-        for row in range(*bands[each.band]):
+        for row in range(*each.rows):
             start = columns - lengths[row]
             positions = range(max(0, each.start - start), each.stop - start)
             computed[row].extend(positions)
@@ -95,17 +95,17 @@ class Job:
         self.under_way.pop(batch).ended = True
 
 
-def run(job, num_layers, sweep_tokens, join_rows=0, steps_of=None):
+def run(job, num_layers, sweep_tokens, join_tokens=0, steps_of=None):
     """All visits, with each batch ended at the head visit of its last step."""
     visits = []
     steps: Counter[int] = Counter()
-    for visit in Rota(num_layers, sweep_tokens, join_rows, job.admit, job.is_waiting).visits():
+    for visit in Rota(num_layers, sweep_tokens, join_tokens, job.admit, job.is_waiting).visits():
         assert visit is not None, "nothing is fetched ahead here, so the next visit is known"
         visits.append(visit)
         for each in visit.pieces if visit.layer == num_layers - 1 else ():
             lengths, max_steps = job.batches[each.batch]
-            is_last_band = each.band in (None, len(bands_of(lengths, job.max_tokens)) - 1)
-            steps[each.batch] += is_last_band and each.stop >= max(lengths)
+            has_last_row = each.rows is None or each.rows[1] == len(lengths)
+            steps[each.batch] += has_last_row and each.stop >= max(lengths)
             if steps[each.batch] == (steps_of or {}).get(each.batch, max_steps):
                 job.end(each.batch)
     return visits
@@ -116,12 +116,12 @@ def run(job, num_layers, sweep_tokens, join_rows=0, steps_of=None):
     num_slots=st.integers(1, 4),
     max_tokens=MOST_TOKENS,
     sweep_tokens=st.sampled_from([0, 1, 7, 40]),
-    join_rows=st.sampled_from([0, 1, 5, 100]),
+    join_tokens=st.sampled_from([0, 1, 5, 100]),
 )
 def test_each_token_of_each_row_passes_each_layer_once(
-    batches, num_slots, max_tokens, sweep_tokens, join_rows
+    batches, num_slots, max_tokens, sweep_tokens, join_tokens
 ):
-    visits = run(Job(batches, num_slots, max_tokens), 3, sweep_tokens, join_rows)
+    visits = run(Job(batches, num_slots, max_tokens), 3, sweep_tokens, join_tokens)
 
     tokens: Counter[tuple[int, int]] = Counter()
     for visit in visits:
@@ -135,46 +135,54 @@ def test_each_token_of_each_row_passes_each_layer_once(
 
 @given(
     batches=st.lists(st.tuples(LENGTHS, st.integers(1, 5)), min_size=2, max_size=5),
-    max_tokens=MOST_TOKENS,
     sweep_tokens=st.integers(1, 60),
 )
-def test_no_prompt_joins_a_sweep_that_carries_its_share_of_prompt_tokens_already(
-    batches, max_tokens, sweep_tokens
+def test_sweeps_carry_their_share_of_prompt_tokens_and_one_piece_more_at_most(
+    batches, sweep_tokens
 ):
-    visits = run(Job(batches, 3, max_tokens), 2, sweep_tokens)
+    visits = run(Job(batches, 3, max_tokens=sweep_tokens), 2, sweep_tokens)
 
-    prompts: dict[int, list[int]] = {}
+    prompts: Counter[int] = Counter()
     for visit in visits:
         for each in visit.pieces if visit.layer == 0 else ():
-            if each.band is not None:
-                prompts.setdefault(visit.sweep, []).append(each.num_tokens)
-    assert all(sum(sizes[:-1]) < sweep_tokens for sizes in prompts.values())
+            prompts[visit.sweep] += each.num_tokens if each.rows is not None else 0
+    so_far = 0
+    for sweep in range(visits[-1].sweep + 1):
+        so_far += prompts[sweep]
+        # What a sweep had too much, the next ones had less.
+        assert so_far < (sweep + 1) * sweep_tokens + sweep_tokens
 
 
 def test_a_bounded_sweep_mixes_prompts_of_one_batch_with_steps_of_another():
     visits = run(Job([([8], 4), ([8], 4)], 2, 8), 1, 8)
 
     kinds = [
-        sorted("prompt" if v.pieces[0].band == 0 else "step" for v in visits if v.sweep == sweep)
+        sorted("prompt" if v.pieces[0].rows else "step" for v in visits if v.sweep == sweep)
         for sweep in range(visits[-1].sweep + 1)
     ]
     assert kinds[:3] == [["prompt"], ["prompt", "step"], ["step", "step"]]
 
 
-@given(rows=st.lists(st.integers(1, 9), max_size=8), max_rows=st.integers(0, 20))
-def test_decode_steps_are_joined_up_to_so_many_rows_and_prompts_go_alone(rows, max_rows):
-    steps = [
-        Piece(batch=batch, band=None, start=0, stop=1, num_tokens=num_rows)
-        for batch, num_rows in enumerate(rows)
+@given(sizes=st.lists(st.integers(1, 9), max_size=8), max_tokens=st.integers(0, 20))
+def test_pieces_are_joined_in_their_order_up_to_so_many_tokens(sizes, max_tokens):
+    pieces = [
+        Piece(batch=batch, rows=(0, 1) if batch % 3 else None, start=0, stop=1, num_tokens=size)
+        for batch, size in enumerate(sizes)
     ]
-    prompt = Piece(batch=99, band=0, start=0, stop=1, num_tokens=1)
 
-    groups = joined([*steps[:2], prompt, *steps[2:]], max_rows)
+    groups = joined(pieces, max_tokens)
 
-    assert (prompt,) in groups
-    assert [each for group in groups for each in group if each.band is None] == steps
-    for group in groups:
-        assert sum(each.num_tokens for each in group) <= max_rows or len(group) == 1
+    assert [each for group in groups for each in group] == pieces
+    for group, after in zip(groups, [*groups[1:], None], strict=False):
+        num_tokens = sum(each.num_tokens for each in group)
+        assert num_tokens <= max_tokens or len(group) == 1
+        assert after is None or num_tokens + after[0].num_tokens > max_tokens
+
+
+def test_two_chunks_of_one_prompt_are_never_computed_together():
+    chunks = prefill_pieces(0, [9], 3)
+
+    assert joined(chunks, 100) == [(chunk,) for chunk in chunks]
 
 
 def test_a_batch_that_ends_early_makes_room_for_the_next_one():
