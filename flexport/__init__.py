@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flexport.process import prepare
+
 if TYPE_CHECKING:
     from flexport.engine.llm import LLM
     from flexport.engine.model import Model
@@ -41,6 +43,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'flexport' has no attribute {name!r}")
+    prepare()
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from flexport import __version__
+from flexport import __version__, process
 from flexport.errors import FlexportError, UsageError
 
 __all__ = ["COMMANDS", "main"]
@@ -42,15 +42,9 @@ COMMANDS = {
 _EPILOG = "`flexport COMMAND --help` explains every option with its unit and default."
 
 
-SPIN_COUNT = "1000"
-"""How long GNU OpenMP's threads spin at a barrier before they sleep. With their default a busy
-neighbour on one core makes small kernels 10 to 40 times slower; this costs 10 % on an idle one."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of `flexport ARGV...`; argv defaults to the process's own arguments."""
-    # Read by the OpenMP runtime when torch is imported, which comes later.
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    process.prepare()
     arguments = list(sys.argv[1:] if argv is None else argv)
     # argparse may fail before it has seen the option, and its errors need no traceback.
     debug = bool(os.environ.get("FLEXPORT_DEBUG"))

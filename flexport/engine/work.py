@@ -6,6 +6,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -23,10 +24,14 @@ from flexport.engine.weights import LayerLease, ModelWeights
 from flexport.models.decoder import Attend, decoder_layer, embed, head
 from flexport.planner.footprint import HEAD_TOKENS, Footprint
 from flexport.policy import Split
+from flexport.process import trim_heap
 from flexport.schedule.order import Piece, Visit
 from flexport.store.store import Store
 
 __all__ = ["JobWork", "Purpose"]
+
+TRIM_EVERY_S = 5.0
+"""Seconds between two trims of the heap, which cost 0.1 s each for memory to be faulted in again."""
 
 Pieces = tuple[Piece, ...]
 _Part = tuple[Batch, Piece]
@@ -86,6 +91,7 @@ class JobWork:
         self._held: dict[tuple[int, Piece], HeldBands] = {}
         """The pages of each piece, by layer."""
         self._ahead: deque[Visit] = deque()
+        self._trimmed_s = 0.0
 
     # ---- what the schedule's loop asks
 
@@ -156,6 +162,9 @@ class JobWork:
                 batch.cache.write_back(held, piece, batch.live(piece))
         if visit.last:
             self._layers.pop((visit.sweep, visit.layer)).release()
+            if time.perf_counter() - self._trimmed_s > TRIM_EVERY_S:
+                trim_heap()
+                self._trimmed_s = time.perf_counter()
         for index in {piece.batch for piece in visit.pieces} & set(self.batches):
             batch = self.batches[index]
             if batch.plan.ended and not self._is_awaited(batch):

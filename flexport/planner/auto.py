@@ -34,6 +34,9 @@ PACED_BATCHES = 4
 PACED_SHARE = 0.95
 """What pacing is taken to reach of its predicted speed: those kernel calls are not in it."""
 
+WORTH = 1.05
+"""A larger paced block has to be so much faster: its rows take space and writes on disk."""
+
 STEPS = 14
 """Halvings in a search for a share: exact to 1/16384, far below one row."""
 
@@ -42,13 +45,14 @@ STEPS = 14
 class Rates:
     """What the machine's lanes do, as far as ranking policies needs it."""
 
-    disk_bytes_per_s: float = 1.5e9
-    """A cloud or laptop NVMe disk; also what the project's own CI machines read at."""
+    disk_bytes_per_s: float = 3e9
+    """An NVMe disk; also what the project's own CI machines read at while they compute."""
     link_bytes_per_s: float = 12e9
     """PCIe 3.0 x16, as FlexGen's T4 had it (arXiv:2303.06865, table 1)."""
-    memory_bytes_per_s: float = 20e9
-    flops_per_s: float = 4e11
-    """Two desktop-class cores with bfloat16 instructions."""
+    memory_bytes_per_s: float = 9e9
+    """What attention reads the cache at, its kernel calls included."""
+    flops_per_s: float = 7e11
+    """Two server cores with bfloat16 instructions."""
     half_rows: int = 16
     """Rows of a product at which the matrix kernel reaches half its rate."""
 
@@ -91,7 +95,8 @@ def choose(
             policy = _filled(block, fixed, cache_first, unified, fits)
             if fits(policy):
                 score = predicted_tok_s(model, job, policy, rates, unified)
-                if best is None or score > best[0] * 1.001:
+                worth = WORTH if policy.sweep_tokens else 1.001
+                if best is None or score > best[0] * worth:
                     best = (score, policy)
     if best is None:
         smallest = min(

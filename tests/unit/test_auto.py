@@ -125,3 +125,18 @@ def test_a_block_is_no_larger_than_the_job():
     policy = pick(JobSizes(prompt_tokens=10, new_tokens=10, num_rows=3), ample, True)
 
     assert policy.block_size == 3
+
+
+def test_prompts_are_paced_where_weights_stream_to_a_job_of_several_blocks():
+    """Prefill is bound by compute and decode by the disk, so together they take the longer of both."""
+    job = JobSizes(prompt_tokens=128, new_tokens=32, num_rows=500)
+    tight = Budgets(device_bytes=1200 * MIB, host_bytes=0, disk_bytes=500_000 * MIB)
+    ample = Budgets(device_bytes=20_000 * MIB, host_bytes=0, disk_bytes=500_000 * MIB)
+
+    paced = pick(job, tight, unified=True)
+
+    assert paced.sweep_tokens > 0
+    lockstep = pick(job, tight, unified=True, fixed=Choice(sweep_tokens=0))
+    speeds = [predicted_tok_s(MODEL, job, each, Rates(), True) for each in (lockstep, paced)]
+    assert speeds[1] > 1.1 * speeds[0]
+    assert pick(job, ample, unified=True).sweep_tokens == 0

@@ -57,6 +57,21 @@ def test_one_thread_does_tasks_in_the_order_in_which_they_came(trouble):
     assert order == list(range(20))
 
 
+def test_urgent_tasks_go_before_all_that_wait(trouble):
+    lane = Lane("disk_to_host", 1, trouble)
+    order: list[int] = []
+    gate = threading.Event()
+
+    lane.submit([lambda: int(gate.wait())])
+    last = lane.submit([partial(note, order, number) for number in (3, 4)])
+    lane.submit([partial(note, order, number) for number in (1, 2)], urgent=True)
+    gate.set()
+    last.join()
+    lane.close()
+
+    assert order == [1, 2, 3, 4]
+
+
 def test_the_first_error_is_raised_by_its_job_and_by_every_check(lane, trouble):
     trouble.check()
 

@@ -62,6 +62,36 @@ def test_a_fetch_behind_a_write_back_of_the_same_bundle_gets_what_was_written(st
         lease.release()
 
 
+@pytest.mark.parametrize("home", list(Tier))
+def test_parts_of_a_bundle_are_written_and_read_by_themselves(store, home):
+    """Two ranges a part, as the keys and values of some rows; whoever reads waits for all."""
+    num_parts, size = 6, 4096
+    kept = store.keep("cache", 2 * num_parts * size, home)
+    parts = [[(part * size, size), ((num_parts + part) * size, size)] for part in range(num_parts)]
+
+    def own(lease, ranges):
+        """What a lease shows of these ranges."""
+        if lease.in_place:
+            return [lease.bytes_B[first : first + size] for first, _ in ranges]
+        return list(lease.bytes_B.split(size))
+
+    for part, ranges in enumerate(parts):
+        lease = store.draft(kept, ranges)
+        for plane, bytes_B in enumerate(own(lease, ranges)):
+            bytes_B.copy_(_pattern(2 * part + plane, size))
+        store.write_back(kept, lease)
+
+    whole_B = _read(store, kept)
+    for part, ranges in enumerate(parts):
+        lease = store.fetch(kept, ranges)
+        lease.ticket.wait()
+        for plane, bytes_B in enumerate(own(lease, ranges)):
+            expected_B = _pattern(2 * part + plane, size)
+            assert torch.equal(bytes_B, expected_B)
+            assert torch.equal(whole_B[ranges[plane][0] :][:size], expected_B)
+        lease.release()
+
+
 def test_many_bundles_in_any_order_keep_their_own_bytes_and_leave_nothing(store):
     draw = random.Random(3)
     before = store.device.used_bytes, store.host.used_bytes
