@@ -97,23 +97,23 @@ def test_each_sweep_reads_the_streamed_weights_once(model, nothing_left):
 
 
 def test_fetching_ahead_leaves_room_for_the_caches_of_batches_to_come(model, nothing_left):
-    """At exactly the memory that is needed, every sweep carries what the pace lets in."""
+    """At exactly the memory that is needed, every sweep takes in what the pace lets in."""
     options: dict[str, Any] = {
-        "dtype": "float32", "percent": [0, 0, 100, 0, 100, 0], "batch_size": 1, "num_batches": 4,
-        "sweep_tokens": 30, "offload_dir": nothing_left,
+        "dtype": "float32", "percent": [0, 0, 100, 0, 100, 0], "batch_size": 16, "num_batches": 4,
+        "sweep_tokens": 16 * 30, "offload_dir": nothing_left,
     }  # fmt: skip
     with flexport.LLM(model, **AMPLE, **options) as llm:
-        _generate(llm, num_tokens=4)
+        _generate(llm, num_tokens=4, num_rows=128)
         assert llm.plan is not None
         needs_bytes, stream_bytes = llm.plan.needs.device_bytes, llm.plan.stream_bytes
 
     tight = AMPLE | {"device_memory": needs_bytes, "host_memory": 0}
     with flexport.LLM(model, **tight, **options) as llm:
-        _generate(llm, num_tokens=4)
+        _generate(llm, num_tokens=4, num_rows=128)
         moved_bytes = llm.report["moved_bytes"]["disk_to_host"]
 
-    # One row joins a sweep, and the last one decodes for three sweeps more.
-    num_sweeps = NUM_ROWS + 3
+    # A batch of 16, whose cache is larger than a layer, joins a sweep, and the last one decodes for three sweeps more.
+    num_sweeps = 8 + 3
     assert moved_bytes / stream_bytes == pytest.approx(num_sweeps, rel=0.1)
 
 
