@@ -8,39 +8,36 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from flexport.backend import Backend
-from flexport.engine.cache import BatchCache
+from flexport.engine.admission import Admission, Area
 from flexport.engine.clock import Clock
 from flexport.engine.generation import Generation
 from flexport.engine.limits import default_budgets, dtype_for
 from flexport.engine.pages import CacheShape
 from flexport.engine.plan import Plan, model_sizes
 from flexport.engine.report import report
-from flexport.engine.rows import Batch, Row
+from flexport.engine.rows import Row
 from flexport.engine.scoring import Score, Scoring
 from flexport.engine.source import open_source
 from flexport.engine.weights import ModelWeights, place_weights
 from flexport.engine.work import JobWork, Purpose
-from flexport.errors import DoesNotFit, OutOfMemory, UsageError
+from flexport.errors import DoesNotFit, UsageError
 from flexport.intake.pack import pack
 from flexport.planner.auto import Choice, check, choose
 from flexport.planner.footprint import JobSizes, footprint, page_tokens_for
-from flexport.policy import Budgets, Policy
+from flexport.policy import Policy
 from flexport.records import Completion, Request
 from flexport.registry import open_backend
 from flexport.schedule.executor import execute
-from flexport.schedule.order import BatchPlan, Rota
-from flexport.store.place import Dealer
+from flexport.schedule.order import Rota
 from flexport.store.store import Store
 from flexport.tokenizer import Tokenizer, open_tokenizer
 from flexport.torch_ops import torch_dtype
@@ -137,7 +134,7 @@ class Engine:
         plan = self._prepare(job)
         generation = Generation(self.tokenizer, self.spec.eos_token_ids, self._seed)
         window = max(PEEK_ROWS, 4 * plan.policy.block_size)
-        area = _Area.of(plan, self._cache_shape())
+        area = Area.of(plan, self._cache_shape())
         packed = pack(chain(head, source), plan.policy.batch_size, window, area.holds)
         batches = ([generation.row(request) for request in requests] for requests in packed)
         with closing(self._run(batches, generation, lambda: generation.num_tokens)) as visits:
@@ -209,7 +206,7 @@ class Engine:
             clock,
             self.plan.needs,
         )
-        admission = _Admission(self.plan, self._cache_shape(), store, work, batches)
+        admission = Admission(self.plan, self._cache_shape(), store, work, batches)
         rota = Rota(
             self.spec.num_schedule_layers,
             self.plan.policy.sweep_tokens,
@@ -342,111 +339,3 @@ class Engine:
         self._work_bytes = 0
         self._store.device.reserve(work_bytes)
         self._work_bytes = work_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Area:
-    """The cache that the plan has for a batch."""
-
-    shape: CacheShape
-    num_bytes: int
-
-    @classmethod
-    def of(cls, plan: Plan, shape: CacheShape) -> _Area:
-        """The batch that was planned for."""
-        job = plan.job
-        rows = plan.policy.batch_size
-        if job.num_rows is not None:
-            rows = min(rows, job.num_rows)
-        row_bytes = shape.row_bytes(job.prompt_tokens, job.columns - job.prompt_tokens)
-        return cls(shape=shape, num_bytes=rows * row_bytes)
-
-    def holds(self, requests: Sequence[Request]) -> bool:
-        """Whether these rows together take no more than what was planned for.
-
-        Rows that come after those looked at may be longer; there are fewer of them in a batch.
-        """
-        prompt_tokens = max(len(request.token_ids) for request in requests)
-        new_tokens = max(request.sampling.max_tokens for request in requests)
-        row_bytes = self.shape.row_bytes(prompt_tokens, new_tokens - 1)
-        return len(requests) * row_bytes <= self.num_bytes
-
-
-class _Admission:
-    """Lets batches in as slots and memory come free."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        shape: CacheShape,
-        store: Store,
-        work: JobWork,
-        batches: Iterable[Sequence[Row]],
-    ) -> None:
-        self.prompt_tokens = 0
-        self._policy = plan.policy
-        self._budgets: Budgets = plan.budgets
-        self._shape = shape
-        self._store = store
-        self._work = work
-        self._source = iter(batches)
-        self._waiting: deque[Sequence[Row]] = deque()
-        self._dealer = Dealer(plan.policy.cache)
-        self._num_batches = 0
-        self._all_read = False
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether there are rows that were not let in yet."""
-        return bool(self._waiting) or not self._all_read
-
-    def admit(self) -> Iterator[BatchPlan]:
-        """The plans of batches that can start now."""
-        while len(self._work.batches) < self._policy.num_batches:
-            if not self._waiting:
-                self._waiting.extend(islice(self._source, 1))
-            if not self._waiting:
-                self._all_read = True
-                self._work.more_to_come = False
-                return
-            rows = self._waiting.popleft()
-            dealer = deepcopy(self._dealer)
-            try:
-                batch = self._batch(rows)
-            except OutOfMemory as error:
-                self._dealer = dealer
-                if self._work.batches:
-                    self._waiting.appendleft(rows)
-                    return
-                if len(rows) == 1:
-                    raise DoesNotFit(
-                        f"a row of {len(rows[0].prompt_ids)} prompt tokens and up to "
-                        f"{rows[0].max_steps} new ones does not fit: {error}"
-                    ) from error
-                middle = len(rows) // 2
-                self._waiting.extendleft((rows[middle:], rows[:middle]))
-                continue
-            self._work.batches[batch.index] = batch
-            self._num_batches += 1
-            self.prompt_tokens += sum(len(row.prompt_ids) for row in rows)
-            yield batch.plan
-
-    def _batch(self, rows: Sequence[Row]) -> Batch:
-        lengths = [len(row.prompt_ids) for row in rows]
-        max_steps = max(row.max_steps for row in rows)
-        columns = max(lengths) + max_steps - 1
-        chunked = max(lengths) > self._policy.visit_tokens
-        cache = BatchCache(
-            self._shape,
-            self._store,
-            lengths,
-            self._dealer,
-            columns if max_steps > 1 or chunked else 0,
-        )
-        return Batch(
-            index=self._num_batches,
-            rows=rows,
-            plan=BatchPlan(self._num_batches, lengths, max_steps, self._policy.visit_tokens),
-            cache=cache,
-            num_columns=max(lengths),
-        )
