@@ -238,12 +238,16 @@ def footprint(
     if job.num_rows is not None:
         rows = max(1, min(rows, job.num_rows))
     batch_rows = min(policy.batch_size, rows)
-    visit_rows = min(rows, policy.prefill_tokens) if policy.sweep_tokens else batch_rows
+    visit_rows = batch_rows
+    if policy.sweep_tokens:
+        visit_rows = max(batch_rows, min(rows, policy.prefill_tokens))
     num_batches = -(-rows // batch_rows)
     prompt_tokens = batch_rows * job.prompt_tokens
     visit_tokens = max(visit_rows, min(policy.visit_tokens, prompt_tokens))
     if policy.sweep_tokens:
-        visit_tokens = min(policy.prefill_tokens, visit_tokens + rows)
+        # All of a sweep in one visit: its share of prompts, the last of them whole, and the steps.
+        sweep_prompts = min(rows * job.prompt_tokens, policy.sweep_tokens + visit_tokens)
+        visit_tokens = max(visit_tokens, min(policy.prefill_tokens, sweep_prompts + rows))
     # Every visit but a band's last is more than half full.
     num_pieces = num_batches * min(
         batch_rows * -(-job.prompt_tokens // policy.visit_tokens),
@@ -366,10 +370,13 @@ def _written_bytes(
         return 0.0
     newest = _page_row_bytes(model, min(page_tokens, job.columns - job.prompt_tokens))
     longest = min(policy.visit_tokens, job.prompt_tokens)
+    prompt_tokens = policy.visit_tokens
+    if policy.sweep_tokens:
+        prompt_tokens = min(policy.prefill_tokens, policy.sweep_tokens + longest)
     # A chunk may begin and end within a page, and pages reach back to the longest row's start.
     chunk_tokens = longest + 2 * min(PROMPT_PAGE_TOKENS, job.prompt_tokens)
     chunk = _page_row_bytes(model, chunk_tokens)
-    prompt_rows = max(1, min(policy.visit_tokens // longest, visit_rows))
+    prompt_rows = max(1, min(-(-prompt_tokens // longest), visit_rows))
     all_bytes = prompt_rows * chunk + visit_rows * newest
     return min(all_bytes, share * all_bytes + CUT_ROWS * (chunk + newest))
 
