@@ -100,14 +100,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-tokens",
         type=_positive,
         metavar="TOKENS",
-        help="most prompt tokens in one visit of a layer; longer micro-batches are prefilled in "
+        help="most tokens in one visit of a layer; longer micro-batches are prefilled in "
         "pieces (default: the policy's)",
     )
     plan.add_argument(
         "--sweep-tokens",
         type=_natural,
         metavar="TOKENS",
-        help="most prompt tokens that one sweep over the layers carries, so that new rows join "
+        help="prompt tokens that one sweep over the layers carries on average, so that new rows join "
         "while others decode; 0 = no bound (default: the policy's)",
     )
 
