@@ -66,7 +66,7 @@ class Policy:
     batch_size rows make a micro-batch, num_batches micro-batches are in flight at once and share
     every sweep over the weights. prefill_tokens bounds the tokens of one visit (a longer
     micro-batch is prefilled in chunks), and sweep_tokens is how many prompt tokens one sweep over
-    the layers carries on average (0 = no bound): a small value mixes the prefill of new rows with
+    the layers carries while there are any (0 = no bound): a small value mixes the prefill of new rows with
     the decode of old ones, so that prompts are computed while weights are on their way.
     """
 

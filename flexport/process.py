@@ -18,9 +18,10 @@ SETTINGS = {
     # neighbour on one core makes small kernels 10 to 40 times slower; this costs 10 % on an idle
     # one.
     "GOMP_SPINCOUNT": "1000",
-    # Kernels that oneDNN keeps, one for each number of tokens and shape of a weight, of some
-    # hundred kB each. Its own default is 1024.
+    # Kernels that oneDNN, and torch's layer over it, keep: one for each number of tokens and
+    # shape of a weight, of some hundred kB each. The default of both is 1024.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
 }
 
 

@@ -107,7 +107,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep-tokens",
         type=_natural,
         metavar="TOKENS",
-        help="prompt tokens that one sweep over the layers carries on average, so that new rows join "
+        help="prompt tokens that one sweep over the layers carries at most, so that new rows join "
         "while others decode; 0 = no bound (default: the policy's)",
     )
 

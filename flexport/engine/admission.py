@@ -112,7 +112,8 @@ class Admission:
         lengths = [len(row.prompt_ids) for row in rows]
         max_steps = max(row.max_steps for row in rows)
         columns = max(lengths) + max_steps - 1
-        chunked = max(lengths) > self._policy.visit_tokens
+        # A prompt that sweeps share out may be cut anywhere.
+        chunked = self._policy.sweep_tokens > 0 or max(lengths) > self._policy.visit_tokens
         cache = BatchCache(
             self._shape,
             self._store,

@@ -245,8 +245,8 @@ def footprint(
     prompt_tokens = batch_rows * job.prompt_tokens
     visit_tokens = max(visit_rows, min(policy.visit_tokens, prompt_tokens))
     if policy.sweep_tokens:
-        # All of a sweep in one visit: its share of prompts, the last of them whole, and the steps.
-        sweep_prompts = min(rows * job.prompt_tokens, policy.sweep_tokens + visit_tokens)
+        # All of a sweep in one visit: its share of prompts, and the steps.
+        sweep_prompts = min(rows * job.prompt_tokens, policy.sweep_tokens)
         visit_tokens = max(visit_tokens, min(policy.prefill_tokens, sweep_prompts + rows))
     # Every visit but a band's last is more than half full.
     num_pieces = num_batches * min(
@@ -255,7 +255,7 @@ def footprint(
     )
     sweep_tokens = rows * job.prompt_tokens
     if policy.sweep_tokens:
-        sweep_tokens = min(sweep_tokens, policy.sweep_tokens + visit_tokens + rows)
+        sweep_tokens = min(sweep_tokens, policy.sweep_tokens + rows)
     ratio = model.decoded_ratio
     host_ratio = ratio if unified else 1.0
     weights = _split(model.weight_bytes, policy.weights)
@@ -372,7 +372,8 @@ def _written_bytes(
     longest = min(policy.visit_tokens, job.prompt_tokens)
     prompt_tokens = policy.visit_tokens
     if policy.sweep_tokens:
-        prompt_tokens = min(policy.prefill_tokens, policy.sweep_tokens + longest)
+        # A row that was begun before goes on, and another one begins that does not end.
+        prompt_tokens = longest + min(policy.prefill_tokens, policy.sweep_tokens)
     # A chunk may begin and end within a page, and pages reach back to the longest row's start.
     chunk_tokens = longest + 2 * min(PROMPT_PAGE_TOKENS, job.prompt_tokens)
     chunk = _page_row_bytes(model, chunk_tokens)

@@ -20,11 +20,10 @@ equal lengths.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["BatchPlan", "Piece", "Rota", "Visit", "bands_of", "joined", "prefill_pieces", "zigzag"]
+__all__ = ["BatchPlan", "Piece", "Rota", "Visit", "joined", "zigzag"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,77 +60,81 @@ class Visit:
     """No later visit of this sweep needs the layer's weights."""
 
 
-def bands_of(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
-    """Cut rows with these prompt lengths into bands: row ranges of at most max_tokens places.
-
-    A band has a place for each column of its longest row in each of its rows, used or not. A row
-    longer than max_tokens has a band of its own, and is prefilled in several chunks.
-    """
-    bands: list[tuple[int, int]] = []
-    begin, longest = 0, 0
-    for row, length in enumerate(lengths):
-        if row > begin and (row + 1 - begin) * max(longest, length) > max_tokens:
-            bands.append((begin, row))
-            begin, longest = row, 0
-        longest = max(longest, length)
-    bands.append((begin, len(lengths)))
-    return bands
-
-
-def prefill_pieces(batch: int, lengths: Sequence[int], max_tokens: int) -> list[Piece]:
-    """The pieces that prefill a batch, in the order in which they must run."""
-    columns = max(lengths)
-    pieces = []
-    for begin, end in bands_of(lengths, max_tokens):
-        first = columns - max(lengths[begin:end])
-        step = max_tokens if end - begin == 1 else columns
-        for start in range(first, columns, step):
-            stop = min(start + step, columns)
-            num_tokens = sum(
-                max(0, stop - max(start, columns - length)) for length in lengths[begin:end]
-            )
-            pieces.append(
-                Piece(batch=batch, rows=(begin, end), start=start, stop=stop, num_tokens=num_tokens)
-            )
-    return pieces
-
-
 class BatchPlan:
     """How far one batch has been planned. `ended` is set by whoever samples its tokens."""
 
     def __init__(self, batch: int, lengths: Sequence[int], max_steps: int, max_tokens: int) -> None:
-        """A batch of rows with these prompt lengths that samples at most max_steps tokens a row."""
+        """A batch of rows with these prompt lengths that samples at most max_steps tokens a row.
+
+        A piece of its prefill has at most max_tokens tokens.
+        """
         self.batch = batch
         self.ended = False
-        self._num_rows = len(lengths)
-        self._prefill = deque(prefill_pieces(batch, lengths, max_tokens))
-        self._next_column = max(lengths)
+        self._lengths = list(lengths)
+        self._max_tokens = max_tokens
+        self._row = 0
+        """The first row whose prompt is not planned to its end."""
+        self._num_planned = 0
+        """Tokens of that row that are."""
+        self._prompt_columns = max(lengths)
+        self._next_column = self._prompt_columns
         # The first token is sampled from the prefill; each decode step samples one more.
-        self._num_columns = max(lengths) + max_steps - 1
+        self._num_columns = self._prompt_columns + max_steps - 1
 
-    def take(self, num_tokens: float) -> list[Piece]:
+    def take(self, num_tokens: float = math.inf) -> list[Piece]:
         """The batch's pieces for the next sweep: some of its prefill, or a decode step.
 
-        Of its prefill goes what begins within the next num_tokens prompt tokens.
+        Of its prefill goes as much as has num_tokens tokens.
         """
         if self.ended:
             return []
-        if self._prefill:
+        if self._row < len(self._lengths):
             pieces: list[Piece] = []
-            while self._prefill and num_tokens > 0:
-                num_tokens -= self._prefill[0].num_tokens
-                pieces.append(self._prefill.popleft())
+            while self._row < len(self._lengths) and num_tokens >= 1:
+                pieces.append(self._prompts(int(min(num_tokens, self._max_tokens))))
+                num_tokens -= pieces[-1].num_tokens
             return pieces
         if self._next_column < self._num_columns:
             return [self._decode_step()]
         return []
 
+    def _prompts(self, most: int) -> Piece:
+        """The next prompts: whole rows that have `most` places together, or a chunk of one."""
+        begin, end = self._row, self._fitting(most)
+        if begin == end:
+            return self._chunk(most)
+        self._row = end
+        lengths = self._lengths[begin:end]
+        start = self._prompt_columns - max(lengths)
+        return self._piece((begin, end), start, self._prompt_columns, sum(lengths))
+
+    def _fitting(self, most: int) -> int:
+        """Up to which row `most` places are enough: each has one for each column of the longest."""
+        if self._num_planned:
+            return self._row
+        longest = 0
+        for row in range(self._row, len(self._lengths)):
+            longest = max(longest, self._lengths[row])
+            if (row + 1 - self._row) * longest > most:
+                return row
+        return len(self._lengths)
+
+    def _chunk(self, most: int) -> Piece:
+        row, length = self._row, self._lengths[self._row]
+        start = self._prompt_columns - length + self._num_planned
+        stop = min(start + most, self._prompt_columns)
+        self._num_planned += stop - start
+        if self._num_planned == length:
+            self._row, self._num_planned = row + 1, 0
+        return self._piece((row, row + 1), start, stop, stop - start)
+
     def _decode_step(self) -> Piece:
         start = self._next_column
         self._next_column += 1
-        return Piece(
-            batch=self.batch, rows=None, start=start, stop=start + 1, num_tokens=self._num_rows
-        )
+        return self._piece(None, start, start + 1, len(self._lengths))
+
+    def _piece(self, rows: tuple[int, int] | None, start: int, stop: int, num_tokens: int) -> Piece:
+        return Piece(batch=self.batch, rows=rows, start=start, stop=stop, num_tokens=num_tokens)
 
 
 def joined(pieces: Iterable[Piece], max_tokens: int) -> list[tuple[Piece, ...]]:
@@ -183,12 +186,11 @@ class Rota:
 
         `is_waiting` says whether some can't join yet, because what batches that have ended hold
         comes free only when the visits fetched ahead for them have passed. sweep_tokens bounds
-        the prompt tokens of a sweep on average; 0 is no bound. Pieces of up to join_tokens tokens are
-        computed together; 0 keeps each of them to itself.
+        the prompt tokens of a sweep; 0 is no bound. Pieces of up to join_tokens tokens are computed
+        together; 0 keeps each of them to itself.
         """
         self._num_layers = num_layers
         self._sweep_tokens = sweep_tokens or math.inf
-        self._left_tokens = 0.0
         self._join_tokens = join_tokens
         self._admit = admit
         self._is_waiting = is_waiting
@@ -210,18 +212,10 @@ class Rota:
                 return
 
     def _next_pieces(self) -> list[Piece]:
-        # A piece goes whole, and what it is too much the next sweeps have less.
-        self._left_tokens = min(self._left_tokens, 0) + self._sweep_tokens
-        pieces = self._take_pieces()
-        if not pieces:  # nobody decodes, so there is nothing to wait for
-            self._left_tokens = self._sweep_tokens
-            pieces = self._take_pieces()
-        return pieces
-
-    def _take_pieces(self) -> list[Piece]:
         pieces: list[Piece] = []
+        left_tokens = self._sweep_tokens
         for plan in self._batches:
-            taken = plan.take(self._left_tokens)
+            taken = plan.take(left_tokens)
             pieces.extend(taken)
-            self._left_tokens -= sum(piece.num_tokens for piece in taken if piece.rows is not None)
+            left_tokens -= sum(piece.num_tokens for piece in taken if piece.rows is not None)
         return pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -12,9 +13,7 @@ from flexport.schedule.order import (
     BatchPlan,
     Piece,
     Rota,
-    bands_of,
     joined,
-    prefill_pieces,
     zigzag,
 )
 
@@ -41,25 +40,19 @@ def test_the_first_and_the_last_visit_of_a_layer_say_so():
     assert {visit.sweep for visit in visits} == {7}
 
 
-@given(lengths=LENGTHS, max_tokens=MOST_TOKENS)
-def test_bands_cut_the_rows_and_keep_to_the_bound_unless_one_row_is_more(lengths, max_tokens):
-    bands = bands_of(lengths, max_tokens)
-
-    assert [row for band in bands for row in range(*band)] == list(range(len(lengths)))
-    for begin, end in bands:
-        places = (end - begin) * max(lengths[begin:end])
-        assert places <= max_tokens or end - begin == 1
+def prefill_pieces(lengths, max_tokens, shares=()):
+    """All pieces of a batch's prefill, taken in these shares and then all at once."""
+    plan = BatchPlan(0, lengths, 1, max_tokens)
+    return [each for share in (*shares, math.inf) for each in plan.take(share)]
 
 
-@given(lengths=LENGTHS, max_tokens=MOST_TOKENS)
-def test_prefill_computes_every_prompt_token_once_and_in_order(lengths, max_tokens):
-    pieces = prefill_pieces(0, lengths, max_tokens)
+@given(lengths=LENGTHS, max_tokens=MOST_TOKENS, shares=st.lists(st.integers(0, 20), max_size=6))
+def test_prefill_computes_every_prompt_token_once_and_in_order(lengths, max_tokens, shares):
+    pieces = prefill_pieces(lengths, max_tokens, shares)
 
     columns = max(lengths)
     computed: list[list[int]] = [[] for _ in lengths]
     for each in pieces:
-        assert each.num_tokens <= max_tokens
-        assert each.rows in bands_of(lengths, max_tokens)
         found = 0
         for row in range(*each.rows):
             start = columns - lengths[row]
@@ -67,7 +60,28 @@ def test_prefill_computes_every_prompt_token_once_and_in_order(lengths, max_toke
             computed[row].extend(positions)
             found += len(positions)
         assert found == each.num_tokens
+        assert (each.rows[1] - each.rows[0]) * (each.stop - each.start) <= max_tokens
     assert computed == [list(range(length)) for length in lengths]
+
+
+@given(lengths=LENGTHS, max_tokens=MOST_TOKENS)
+def test_prefill_cuts_no_row_that_has_room_as_a_whole(lengths, max_tokens):
+    for each in prefill_pieces(lengths, max_tokens):
+        is_cut = each.num_tokens < sum(lengths[slice(*each.rows)])
+        assert not is_cut or max(lengths[slice(*each.rows)]) > max_tokens
+
+
+@given(lengths=LENGTHS, max_tokens=MOST_TOKENS, shares=st.lists(st.integers(0, 20), max_size=6))
+def test_a_share_of_the_prefill_is_what_was_asked_for_while_there_is_any(
+    lengths, max_tokens, shares
+):
+    plan = BatchPlan(0, lengths, 1, max_tokens)
+
+    left = sum(lengths)
+    for share in shares:
+        taken = sum(each.num_tokens for each in plan.take(share))
+        assert taken == min(share, left)
+        left -= taken
 
 
 @dataclass
@@ -137,20 +151,17 @@ def test_each_token_of_each_row_passes_each_layer_once(
     batches=st.lists(st.tuples(LENGTHS, st.integers(1, 5)), min_size=2, max_size=5),
     sweep_tokens=st.integers(1, 60),
 )
-def test_sweeps_carry_their_share_of_prompt_tokens_and_one_piece_more_at_most(
-    batches, sweep_tokens
-):
-    visits = run(Job(batches, 3, max_tokens=sweep_tokens), 2, sweep_tokens)
+def test_sweeps_carry_their_share_of_prompt_tokens_while_there_are_prompts(batches, sweep_tokens):
+    visits = run(Job(batches, len(batches), max_tokens=sweep_tokens), 2, sweep_tokens)
 
     prompts: Counter[int] = Counter()
     for visit in visits:
         for each in visit.pieces if visit.layer == 0 else ():
             prompts[visit.sweep] += each.num_tokens if each.rows is not None else 0
-    so_far = 0
+    left = sum(sum(lengths) for lengths, _ in batches)
     for sweep in range(visits[-1].sweep + 1):
-        so_far += prompts[sweep]
-        # What a sweep had too much, the next ones had less.
-        assert so_far < (sweep + 1) * sweep_tokens + sweep_tokens
+        assert prompts[sweep] == min(sweep_tokens, left)
+        left -= prompts[sweep]
 
 
 def test_a_bounded_sweep_mixes_prompts_of_one_batch_with_steps_of_another():
@@ -180,7 +191,7 @@ def test_pieces_are_joined_in_their_order_up_to_so_many_tokens(sizes, max_tokens
 
 
 def test_two_chunks_of_one_prompt_are_never_computed_together():
-    chunks = prefill_pieces(0, [9], 3)
+    chunks = prefill_pieces([9], 3)
 
     assert joined(chunks, 100) == [(chunk,) for chunk in chunks]
 

@@ -12,11 +12,13 @@ from flexport import process
 def test_settings_are_made_unless_the_user_has_made_them(monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
 
     process.prepare()
 
     assert os.environ["GOMP_SPINCOUNT"] == "7"
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+    assert os.environ["LRU_CACHE_CAPACITY"] == "64"
 
 
 def test_the_settings_are_made_before_torch_is_imported_from_python_too():
@@ -26,8 +28,7 @@ def test_the_settings_are_made_before_torch_is_imported_from_python_too():
         "flexport.LLM\n"
         "assert 'torch' in sys.modules and os.environ['GOMP_SPINCOUNT'] == '1000'\n"
     )
-    names = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-    bare = {name: value for name, value in os.environ.items() if name not in names}
+    bare = {name: value for name, value in os.environ.items() if name not in process.SETTINGS}
 
     subprocess.run([sys.executable, "-c", script], check=True, env=bare)
 
