@@ -164,3 +164,6 @@ class BackendPlugin:
     """None if usable here, else the reason why not. Must not import torch, and be quick."""
     open: Callable[[], Backend]
     """Opens the device. May import what it likes."""
+    describe: Callable[[], Capabilities] | None = None
+    """What the open device will say of itself, as far as that can be known without torch, in
+    some milliseconds: a run that can't fit is then refused at once. Called only if usable."""

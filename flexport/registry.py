@@ -14,10 +14,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
-from flexport.backend import API, Backend, BackendPlugin
+from flexport.backend import API, Backend, BackendPlugin, Capabilities
 from flexport.errors import BackendUnavailable
 
-__all__ = ["ENVIRONMENT_VARIABLE", "GROUP", "Listing", "auto_order", "backends", "open_backend"]
+__all__ = [
+    "ENVIRONMENT_VARIABLE",
+    "GROUP",
+    "Listing",
+    "auto_order",
+    "backends",
+    "describe_backend",
+    "open_backend",
+]
 
 GROUP = "flexport.backends"
 """The entry-point group that plug-ins register in."""
@@ -73,11 +81,7 @@ def open_backend(name: str = "auto") -> tuple[str, Backend]:
     reason of every backend that was considered.
     """
     listings = backends()
-    asked = f"backend {name!r}"
-    if name == "auto":
-        name = os.environ.get(ENVIRONMENT_VARIABLE, "").strip() or "auto"
-        if name != "auto":
-            asked = f"backend {name!r} (from {ENVIRONMENT_VARIABLE})"
+    name, asked = _asked(name)
     if name != "auto":
         return name, _open(_named(name, asked, listings), asked, listings)
 
@@ -89,6 +93,33 @@ def open_backend(name: str = "auto") -> tuple[str, Backend]:
             failures[listing.name] = str(error)
             _log.warning("%s; trying the next backend", error)
     raise BackendUnavailable(f"no backend can be used here: {_reasons(listings, failures)}")
+
+
+def describe_backend(name: str = "auto") -> Capabilities | None:
+    """What the backend that `open_backend` would open says of itself, without torch.
+
+    None if it can't say, or can't be used: opening it tells why. Raises BackendUnavailable for a
+    name that is not installed.
+    """
+    name, asked = _asked(name)
+    listings = backends()
+    listed = auto_order(listings) if name == "auto" else [_named(name, asked, listings)]
+    for listing in listed[:1]:
+        if listing.usable and listing.plugin is not None and listing.plugin.describe is not None:
+            try:
+                return listing.plugin.describe()
+            except Exception as error:  # noqa: BLE001 - a stranger's code; opening it is what counts
+                _log.warning("%s could not describe itself: %s", listing.name, _text(error))
+    return None
+
+
+def _asked(name: str) -> tuple[str, str]:
+    """The backend's name, the environment's in place of "auto", and what to call it in errors."""
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT_VARIABLE, "").strip() or "auto"
+        if name != "auto":
+            return name, f"backend {name!r} (from {ENVIRONMENT_VARIABLE})"
+    return name, f"backend {name!r}"
 
 
 def _list(found: Iterable[EntryPoint]) -> list[Listing]:

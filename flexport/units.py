@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "format_rate", "format_seconds", "parse_bytes"]
+__all__ = ["VALUE_BYTES", "format_bytes", "format_rate", "format_seconds", "parse_bytes"]
+
+VALUE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one value of each floating-point dtype."""
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -1,6 +1,6 @@
 """CPU backend for flexport: the reference the other backends are compared with."""
 
-from flexport.backend import Backend, BackendPlugin
+from flexport.backend import Backend, BackendPlugin, Capabilities
 
 __all__ = ["PLUGIN"]
 
@@ -15,4 +15,10 @@ def _open() -> Backend:
     return CpuBackend()
 
 
-PLUGIN = BackendPlugin(api=1, rank=10, probe=_probe, open=_open)
+def _describe() -> Capabilities:
+    from flexport_cpu.facts import facts
+
+    return facts()
+
+
+PLUGIN = BackendPlugin(api=1, rank=10, probe=_probe, open=_open, describe=_describe)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,27 +21,28 @@ from torch import Tensor
 from flexport.backend import AttentionSpec, Capabilities, Ticket
 from flexport_cpu import memory
 from flexport_cpu.attention import attention
+from flexport_cpu.facts import facts
 from flexport_cpu.linear import linear, pack
 from flexport_cpu.page_products import HAS_BAGS
 from flexport_cpu.processor import choose_dtypes, processor_flags, processor_name
 
 __all__ = ["CpuBackend"]
 
-PAGE_TOKENS = 64
-
 
 class CpuBackend:
     """The five verbs on the CPU, and packed weights."""
 
     def __init__(self) -> None:
-        dtypes, reason = choose_dtypes(processor_flags())
-        self._capabilities = Capabilities(
+        dtypes, reason = choose_dtypes(
+            processor_flags(),
+            _onednn_says("_is_mkldnn_bf16_supported"),
+            _onednn_says("_is_mkldnn_fp16_supported"),
+        )
+        self._capabilities = replace(
+            facts(),
             name=f"cpu ({processor_name()}, {torch.get_num_threads()} threads)",
-            memory_bytes=memory.usable_bytes(),
-            unified=True,
             dtypes=dtypes,
             dtype_reason=reason,
-            page_tokens=PAGE_TOKENS,
             keys_by_feature=HAS_BAGS,
         )
         self._lock = threading.Lock()
@@ -132,3 +134,11 @@ class _Done:
 
 
 _OK = _Done(None)
+
+
+def _onednn_says(query: str) -> bool:
+    """What a torch.ops.mkldnn query answers; False where this torch has no oneDNN."""
+    try:
+        return bool(getattr(torch.ops.mkldnn, query)())
+    except (AttributeError, RuntimeError):
+        return False

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import cpuinfo
-import torch
 
 __all__ = ["choose_dtypes", "processor_flags", "processor_name"]
 
@@ -48,16 +47,16 @@ def processor_name() -> str:
     return name or platform.processor() or platform.machine() or "unknown processor"
 
 
-def choose_dtypes(flags: frozenset[str]) -> tuple[tuple[str, ...], str]:
+def choose_dtypes(
+    flags: frozenset[str], torch_bfloat16: bool = True, torch_float16: bool = True
+) -> tuple[tuple[str, ...], str]:
     """dtypes worth computing in, best first, and why the first one is first.
 
     A dtype counts only where both the processor has instructions for it and this build of torch
-    uses them (oneDNN says so).
+    uses them, as the last two arguments say.
     """
     bfloat16 = _first(_BFLOAT16_FLAGS, flags)
     float16 = _first(_FLOAT16_FLAGS, flags)
-    torch_bfloat16 = _onednn_says("_is_mkldnn_bf16_supported")
-    torch_float16 = _onednn_says("_is_mkldnn_fp16_supported")
     half = ("float16",) if float16 and torch_float16 else ()
     if bfloat16 and torch_bfloat16:
         reason = f"the processor multiplies bfloat16 matrices natively ({bfloat16})"
@@ -73,14 +72,6 @@ def choose_dtypes(flags: frozenset[str]) -> tuple[tuple[str, ...], str]:
 def _first(names: dict[str, str], flags: frozenset[str]) -> str | None:
     """The name of the first flag in `names` that the processor has."""
     return next((name for flag, name in names.items() if flag in flags), None)
-
-
-def _onednn_says(query: str) -> bool:
-    """What a torch.ops.mkldnn query answers; False where this torch has no oneDNN."""
-    try:
-        return bool(getattr(torch.ops.mkldnn, query)())
-    except (AttributeError, RuntimeError):
-        return False
 
 
 @cache

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flexport.checkpoint.dummy import DummyKind, write_dummy
-from flexport.engine.weights import tensor_names
 from flexport.errors import UsageError
 from flexport.models import known_config, known_names, spec_of
-from flexport.models.spec import TensorSpec
+from flexport.models.spec import TensorSpec, owned_tensors
 
 __all__ = ["WEIGHTS_NAME", "shared_checkpoint"]
 
@@ -37,7 +36,7 @@ def shared_checkpoint(
     text = json.dumps({**config, "dtype": dtype, "torch_dtype": dtype}, indent=2)
     (target / "config.json").write_text(text, encoding="utf-8")
     spec = spec_of(config)
-    wanted = [t for layer in range(spec.num_schedule_layers) for t in tensor_names(spec, layer)]
+    wanted = [t for layer in range(spec.num_schedule_layers) for t in owned_tensors(spec, layer)]
     write_dummy(weights, [(t.names[0], t.shape, _kind(t)) for t in wanted], dtype, _SEED)
     return target
 

@@ -62,11 +62,12 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
 
-    from flexport.bench import job
     from flexport.engine.llm import LLM
 
-    ceilings = _ceilings_from(known_data) if known_data else None
     with LLM(**settings, on_plan=lambda plan: _say(plan.describe())) as llm:
+        from flexport.bench import job  # and torch, after what can be refused without it
+
+        ceilings = _ceilings_from(known_data) if known_data else None
         reports = job.run_repeats(llm, work, args.repeats, _say)
         peak_bytes = job.process_peak_bytes()
         engine = llm.engine

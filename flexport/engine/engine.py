@@ -1,46 +1,37 @@
 """The engine: one model on one backend under one policy, for one job after another.
 
 Opening reads configs and headers only. The policy is made when the first job is known, since
-what fits depends on how long its rows are; then the resident weights are loaded, and stay.
+what fits depends on how long its rows are; then the resident weights are loaded, and stay. All
+until then needs no torch, so that what can't work is refused before torch is imported.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from flexport.backend import Backend
-from flexport.engine.admission import Admission, Area
-from flexport.engine.clock import Clock
-from flexport.engine.generation import Generation
+from flexport.backend import Backend, Capabilities
 from flexport.engine.limits import default_budgets, dtype_for
-from flexport.engine.pages import CacheShape
 from flexport.engine.plan import Plan, model_sizes
-from flexport.engine.report import report
-from flexport.engine.rows import Row
-from flexport.engine.scoring import Score, Scoring
 from flexport.engine.source import open_source
-from flexport.engine.weights import ModelWeights, place_weights
-from flexport.engine.work import JobWork, Purpose
 from flexport.errors import DoesNotFit, UsageError
-from flexport.intake.pack import pack
 from flexport.planner.auto import Choice, check, choose
 from flexport.planner.footprint import JobSizes, footprint, page_tokens_for
 from flexport.policy import Policy
 from flexport.records import Completion, Request
-from flexport.registry import open_backend
-from flexport.schedule.executor import execute
-from flexport.schedule.order import Rota
-from flexport.store.store import Store
+from flexport.registry import describe_backend, open_backend
 from flexport.tokenizer import Tokenizer, open_tokenizer
-from flexport.torch_ops import torch_dtype
+from flexport.units import VALUE_BYTES
+
+if TYPE_CHECKING:
+    from flexport.engine.loaded import Loaded
+    from flexport.engine.scoring import Score
 
 __all__ = ["Engine"]
 
@@ -74,29 +65,28 @@ class Engine:
         `on_plan` is called with each plan before anything of it is done.
         """
         self._source = open_source(model, revision, load_format)
-        self._owns_backend = isinstance(backend, str)
-        self.backend_name, self.backend = (
-            open_backend(backend)
-            if isinstance(backend, str)
-            else (backend.capabilities.name, backend)
-        )
         self.spec = self._source.spec
-        self.dtype, self._dtype_reason = dtype_for(
-            dtype, self.backend.capabilities, self._source.file_dtype
-        )
+        self._asked_dtype = dtype
+        self._asked_budgets = budgets
         self._offload_dir = offload_dir or Path(tempfile.gettempdir())
-        self.budgets = default_budgets(self.backend.capabilities, budgets, self._offload_dir)
         self._policy = policy
         self._choice = choice or Choice()
         self._seed = seed
         self._on_plan = on_plan
-        self._store: Store | None = None
-        self._weights: ModelWeights | None = None
-        self._work_bytes = 0
+        self._loaded: Loaded | None = None
         self._busy = False
-        self._load_s = 0.0
         self.plan: Plan | None = None
         self.report: dict[str, Any] = {}
+        self._owns_backend = isinstance(backend, str)
+        if isinstance(backend, str):
+            self.backend_name = backend
+            facts = describe_backend(backend)
+            if facts is not None:
+                self._refuse_what_never_fits(facts)
+            self.backend_name, self.backend = open_backend(backend)
+        else:
+            self.backend_name, self.backend = backend.capabilities.name, backend
+        self._know(self.backend.capabilities)
         self.tokenizer: Tokenizer | None = (
             open_tokenizer(self._source.directory) if self._source.directory else None
         )
@@ -131,33 +121,27 @@ class Engine:
         )
         for request in head:
             self._check_length(len(request.token_ids), request.sampling.max_tokens)
-        plan = self._prepare(job)
-        generation = Generation(self.tokenizer, self.spec.eos_token_ids, self._seed)
-        window = max(PEEK_ROWS, 4 * plan.policy.block_size)
-        area = Area.of(plan, self._cache_shape())
-        packed = pack(chain(head, source), plan.policy.batch_size, window, area.holds)
-        batches = ([generation.row(request) for request in requests] for requests in packed)
-        with closing(self._run(batches, generation, lambda: generation.num_tokens)) as visits:
-            for _ in visits:
-                while generation.completions:
-                    yield generation.completions.popleft()
+        loaded = self._prepare(job)
+        try:
+            yield from loaded.generate(chain(head, source), self.tokenizer, self._seed, PEEK_ROWS)
+        finally:
+            self._finish(loaded)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """How likely each continuation is after its context, both given as token ids."""
         if not pairs:
             return []
-        scoring = Scoring()
-        rows = [scoring.row(index, *pair) for index, pair in enumerate(pairs)]
-        longest = max(len(row.prompt_ids) for row in rows)
+        # The last token of a continuation is scored and never computed.
+        longest = max(len(context) + len(target) - 1 for context, target in pairs)
         self._check_length(longest, 1)
-        rows.sort(key=lambda row: -len(row.prompt_ids))
         with self._one_job():
-            plan = self._prepare(JobSizes(prompt_tokens=longest, new_tokens=1, num_rows=len(rows)))
-            size = plan.policy.batch_size
-            batches = (rows[begin : begin + size] for begin in range(0, len(rows), size))
-            for _ in self._run(batches, scoring, lambda: 0):
-                pass
-        return [score for _, score in sorted(scoring.scores, key=lambda scored: scored[0])]
+            loaded = self._prepare(
+                JobSizes(prompt_tokens=longest, new_tokens=1, num_rows=len(pairs))
+            )
+            try:
+                return loaded.score(pairs)
+            finally:
+                self._finish(loaded)
 
     def close(self) -> None:
         """Give everything back. A second call does nothing."""
@@ -191,65 +175,25 @@ class Engine:
         finally:
             self._busy = False
 
-    def _run(
-        self, batches: Iterable[Sequence[Row]], purpose: Purpose, num_generated: Callable[[], int]
-    ) -> Generator[None, None, None]:
-        """Run rows given as micro-batches; yields after each visit."""
-        assert self.plan is not None and self._store is not None and self._weights is not None
-        store = self._store
-        clock = Clock()
-        work = JobWork(
-            self._weights,
-            store,
-            self.plan.policy.activations,
-            purpose,
-            clock,
-            self.plan.needs,
-        )
-        admission = Admission(self.plan, self._cache_shape(), store, work, batches)
-        rota = Rota(
-            self.spec.num_schedule_layers,
-            self.plan.policy.sweep_tokens,
-            self.plan.policy.prefill_tokens if self.plan.policy.sweep_tokens else 0,
-            admission.admit,
-            lambda: admission.is_waiting,
-        )
-        started_s = time.perf_counter()
-        before = store.lane_counts()
-        clock.start()
-        try:
-            for _ in execute(rota.visits(), work):
-                yield
-            store.drain()
-        except GeneratorExit:
-            if self._store is store:  # else the engine was closed before its iterator
-                work.abandon()
-                store.drain()
-            raise
-        except BaseException:
-            self._unload()
-            raise
-        self.report = report(
-            plan=self.plan,
-            store=store,
-            clock=clock,
-            lanes={
-                name: (moved - before[name][0], busy_s - before[name][1])
-                for name, (moved, busy_s) in store.lane_counts().items()
-            },
-            load_s=self._load_s,
-            total_s=time.perf_counter() - started_s,
-            prompt_tokens=admission.prompt_tokens,
-            generated_tokens=num_generated(),
-        )
-
-    def _cache_shape(self) -> CacheShape:
-        """The shape of the model's cache under the plan in force."""
-        assert self.plan is not None
-        by_feature = self.backend.capabilities.keys_by_feature
-        return CacheShape.of(self.spec, self.plan.page_tokens, by_feature, torch_dtype(self.dtype))
-
     # ---- plans
+
+    def _know(self, facts: Capabilities) -> None:
+        """What follows from what a device says of itself."""
+        self._facts = facts
+        self.dtype, self._dtype_reason = dtype_for(
+            self._asked_dtype, facts, self._source.file_dtype
+        )
+        self.budgets = default_budgets(facts, self._asked_budgets, self._offload_dir)
+
+    def _refuse_what_never_fits(self, facts: Capabilities) -> None:
+        """Raise DoesNotFit, in a fraction of the time that opening the device takes."""
+        self._know(facts)
+        try:
+            self._make_plan(JobSizes(prompt_tokens=1, new_tokens=1, num_rows=1))
+        except DoesNotFit as error:
+            raise DoesNotFit(
+                f"{error}; this is for a row of one token, others take more"
+            ) from error
 
     def _check_length(self, prompt_tokens: int, new_tokens: int) -> None:
         # The last token that is sampled is never computed, and needs no position.
@@ -259,12 +203,12 @@ class Engine:
                 f"the {self.spec.max_positions} positions of {self.model_name}"
             )
 
-    def _prepare(self, job: JobSizes) -> Plan:
-        """A plan for the job; loads the weights unless they lie already where it wants them."""
+    def _prepare(self, job: JobSizes) -> Loaded:
+        """A plan for the job, in force; the weights stay where they are if it wants them there."""
         try:
             plan = self._make_plan(job)
         except DoesNotFit:
-            if self._weights is None:
+            if self._loaded is None:
                 raise
             # What an earlier job left resident may be what is in the way.
             self._unload()
@@ -272,31 +216,35 @@ class Engine:
         if self._on_plan is not None and plan != self.plan:
             self._on_plan(plan)
         self.plan = plan
-        if self._weights is None:
-            started_s = time.perf_counter()
-            self._load(plan)
-            self._load_s = time.perf_counter() - started_s
-        self._set_aside(plan.needs.work_bytes)
-        return plan
+        if self._loaded is None:
+            from flexport.engine.loaded import Loaded  # and torch, after all that needs none
+
+            self._loaded = Loaded(self._source, self.backend, plan, self._offload_dir, self._seed)
+        self._loaded.follow(plan)
+        return self._loaded
+
+    def _finish(self, loaded: Loaded) -> None:
+        """Take the job's report; a job that failed has closed what it ran on."""
+        self.report = loaded.report
+        if loaded.closed and self._loaded is loaded:
+            self._loaded = None
 
     def _make_plan(self, job: JobSizes) -> Plan:
-        item_bytes = torch_dtype(self.dtype).itemsize
-        file_item_bytes = torch_dtype(self._source.file_dtype or self.dtype).itemsize
-        sizes = model_sizes(self.spec, file_item_bytes, item_bytes)
-        capabilities = self.backend.capabilities
-        preferred = capabilities.page_tokens
+        file_item_bytes = VALUE_BYTES[self._source.file_dtype or self.dtype]
+        sizes = model_sizes(self.spec, file_item_bytes, VALUE_BYTES[self.dtype])
+        preferred, unified = self._facts.page_tokens, self._facts.unified
         choice = self._choice
-        if self._weights is not None and self.plan is not None:  # what is loaded stays there
+        if self._loaded is not None and self.plan is not None:  # what is loaded stays there
             choice = replace(choice, weights=self.plan.policy.weights)
         policy = self._policy or choose(
             sizes,
             job,
             self.budgets,
             page_tokens=preferred,
-            unified=capabilities.unified,
+            unified=unified,
             fixed=choice,
         )
-        needs = footprint(sizes, job, policy, preferred, capabilities.unified)
+        needs = footprint(sizes, job, policy, preferred, unified)
         check(needs, policy, self.budgets)
         return Plan(
             model=self.model_name,
@@ -311,31 +259,8 @@ class Engine:
             stream_bytes=round(policy.weights.disk * sizes.stream_bytes),
         )
 
-    def _load(self, plan: Plan) -> None:
-        store = Store(self.backend, self.budgets, self._offload_dir)
-        try:
-            files = self._source.files
-            if files is None:
-                files = self._source.make_up(store.open_run_directory(), self.dtype, self._seed)
-            layers = place_weights(self.spec, files, plan.policy.weights)
-            weights = ModelWeights(self.spec, layers, store, torch_dtype(self.dtype))
-            weights.load()
-        except BaseException:
-            store.close()
-            raise
-        self._store, self._weights = store, weights
-
     def _unload(self) -> None:
         """Give the weights back, and all that was made on disk."""
-        store, self._store, self._weights = self._store, None, None
-        self._work_bytes = 0
-        if store is not None:
-            store.close()
-
-    def _set_aside(self, work_bytes: int) -> None:
-        """Count what computing takes as used."""
-        assert self._store is not None
-        self._store.device.unreserve(self._work_bytes)
-        self._work_bytes = 0
-        self._store.device.reserve(work_bytes)
-        self._work_bytes = work_bytes
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            loaded.close()

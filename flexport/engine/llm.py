@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flexport.backend import Backend
 from flexport.engine.engine import Engine
 from flexport.engine.plan import Plan
-from flexport.engine.scoring import Score
 from flexport.errors import PolicyError, RowError, UsageError
 from flexport.planner.auto import Choice
 from flexport.policy import Policy
 from flexport.records import CompletionOutput, Request, RequestOutput, SamplingParams
 from flexport.tokenizer import Tokenizer
 from flexport.units import parse_bytes
+
+if TYPE_CHECKING:
+    from flexport.engine.scoring import Score
 
 __all__ = ["LLM"]
 

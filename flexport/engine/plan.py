@@ -9,7 +9,7 @@ from flexport.models.spec import (
     ModelSpec,
     flops_per_token,
     kv_bytes_per_token,
-    layer_tensors,
+    owned_tensors,
 )
 from flexport.planner.footprint import CUT_ROWS, GRAIN_BYTES, Footprint, JobSizes, ModelSizes
 from flexport.policy import Budgets, Policy, Split, Tier
@@ -23,11 +23,7 @@ def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> Model
     layer_bytes = []
     table_bytes = slack_bytes = 0
     for layer in range(spec.num_schedule_layers):
-        own = [
-            tensor
-            for tensor in layer_tensors(spec, layer)
-            if not (layer == 0 and spec.tied_head and tensor.slot == "tokens.weight")
-        ]
+        own = owned_tensors(spec, layer)
         layer_bytes.append(sum(tensor.num_values for tensor in own) * file_item_bytes)
         tables = sum(tensor.num_values for tensor in own if tensor.kind == "table")
         table_bytes += tables * file_item_bytes

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexport.checkpoint.directory import open_checkpoint, read_object, require, unexpected
-from flexport.checkpoint.dummy import DummyKind, write_dummy
 from flexport.demo import MODEL_DIR
-from flexport.engine.weights import tensor_names
 from flexport.errors import CheckpointError, UnsupportedModel
 from flexport.models import ModelSpec, known_config, known_names, spec_of
-from flexport.models.spec import TensorSpec, layer_tensors
+from flexport.models.spec import TensorSpec, layer_tensors, owned_tensors
 from flexport.records import FileTensor
 
 __all__ = ["Source", "open_source"]
@@ -49,8 +47,10 @@ class Source:
         All decoder layers share the bytes of one, so that a 175B model needs 4 GB of disk; what
         a run reads and computes is the same.
         """
+        from flexport.checkpoint.dummy import DummyKind, write_dummy  # and torch
+
         layers = [0, 1, self.spec.head_layer]
-        wanted = [t for layer in layers for t in tensor_names(self.spec, layer)]
+        wanted = [t for layer in layers for t in owned_tensors(self.spec, layer)]
         kinds: dict[str, DummyKind] = {"table": "matrix", "matrix": "matrix", "bias": "bias"}
         written = write_dummy(
             directory / "dummy.safetensors",
@@ -82,7 +82,7 @@ def open_source(
     spec = spec_of(checkpoint.config, checkpoint.generation_config)
     names: dict[str, tuple[int, ...]] = {}
     for layer in range(spec.num_schedule_layers):
-        for tensor in tensor_names(spec, layer):
+        for tensor in owned_tensors(spec, layer):
             found = [name for name in tensor.names if name in checkpoint.tensors]
             names[(found or tensor.names)[0]] = tensor.shape
     files = require(checkpoint, names)

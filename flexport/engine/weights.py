@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flexport.backend import Backend, PacksWeights
 from flexport.engine.transfer import to_device
-from flexport.models.spec import ModelSpec, TensorSpec, layer_tensors
+from flexport.models.spec import ModelSpec, TensorSpec, owned_tensors
 from flexport.planner.footprint import layer_splits
 from flexport.policy import Split, Tier
 from flexport.records import FileTensor
@@ -30,7 +30,7 @@ from flexport.store.pool import Buffer, Pool
 from flexport.store.store import FileRun, Kept, Lease, Store
 from flexport.torch_ops import as_tensor, torch_dtype
 
-__all__ = ["LayerLease", "ModelWeights", "Shard", "place_weights", "tensor_names"]
+__all__ = ["LayerLease", "ModelWeights", "Shard", "place_weights"]
 
 MERGE_BYTES = 8 << 10
 """Ranges of a file closer than this are read as one. Reading them apart would take as much memory,
@@ -67,14 +67,6 @@ class Shard:
         )
 
 
-def tensor_names(spec: ModelSpec, layer: int) -> tuple[TensorSpec, ...]:
-    """The tensors that a layer owns; a table shared with the head is the head's."""
-    tensors = layer_tensors(spec, layer)
-    if layer == 0 and spec.tied_head:
-        return tuple(tensor for tensor in tensors if tensor.slot != "tokens.weight")
-    return tensors
-
-
 def place_weights(
     spec: ModelSpec, files: Mapping[str, FileTensor], split: Split
 ) -> list[list[Shard]]:
@@ -84,7 +76,7 @@ def place_weights(
             (tensor, next(files[name] for name in tensor.names if name in files))
             for tensor in tensors
         ]
-        for tensors in (tensor_names(spec, layer) for layer in range(spec.num_schedule_layers))
+        for tensors in (owned_tensors(spec, layer) for layer in range(spec.num_schedule_layers))
     ]
     sizes = [sum(file.num_bytes for _, file in found) for found in found_layers]
     dealers: dict[Split, Dealer] = {}

@@ -28,6 +28,7 @@ __all__ = [
     "layer_flops",
     "layer_tensors",
     "num_parameters",
+    "owned_tensors",
 ]
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
@@ -134,6 +135,14 @@ def layer_tensors(spec: ModelSpec, layer: int) -> tuple[TensorSpec, ...]:
     if layer == spec.head_layer:
         return tuple(_head(spec))
     return tuple(_decoder_layer(spec, layer - 1))
+
+
+def owned_tensors(spec: ModelSpec, layer: int) -> tuple[TensorSpec, ...]:
+    """The same, without a table that a tied head shares with the embedding: that is the head's."""
+    tensors = layer_tensors(spec, layer)
+    if layer == 0 and spec.tied_head:
+        return tuple(tensor for tensor in tensors if tensor.slot != "tokens.weight")
+    return tensors
 
 
 def _embed(spec: ModelSpec) -> Iterator[TensorSpec]:

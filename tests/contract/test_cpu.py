@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flexport_cpu import PLUGIN, attention, linear, memory
+from flexport_cpu import PLUGIN, attention, free_memory, linear, memory
 from flexport_cpu.processor import choose_dtypes
 from flexport_cpu.scratch import scratch
 from hypothesis import given
@@ -25,6 +25,18 @@ class TestCpu(BackendConformance):
         backend = PLUGIN.open()
         yield backend
         backend.close()
+
+
+def test_what_it_says_without_torch_is_what_the_open_backend_says() -> None:
+    assert PLUGIN.describe is not None
+    said = PLUGIN.describe()
+    backend = PLUGIN.open()
+    found = backend.capabilities
+    backend.close()
+
+    assert (said.unified, said.page_tokens) == (found.unified, found.page_tokens)
+    assert set(found.dtypes) <= set(said.dtypes)
+    assert said.memory_bytes > 0
 
 
 # dtypes
@@ -74,7 +86,7 @@ def test_free_memory_is_what_the_tightest_cgroup_leaves_page_cache_included(tmp_
         (group / "memory.current").write_text(f"{used}\n")
         (group / "memory.stat").write_text("anon 5\ninactive_file 30\nactive_file 20\n")
 
-    free = memory.cgroup_free_bytes(tmp_path / "membership", tmp_path / "cgroups")
+    free = free_memory.cgroup_free_bytes(tmp_path / "membership", tmp_path / "cgroups")
 
     assert sorted(free) == [350, 650]
 
@@ -85,8 +97,8 @@ def test_a_cgroup_without_limit_or_without_files_limits_nothing(tmp_path: Path) 
     group.mkdir(parents=True)
     (group / "memory.max").write_text("max\n")
 
-    assert memory.cgroup_free_bytes(tmp_path / "membership", tmp_path / "cgroups") == []
-    assert memory.cgroup_free_bytes(tmp_path / "nowhere", tmp_path / "cgroups") == []
+    assert free_memory.cgroup_free_bytes(tmp_path / "membership", tmp_path / "cgroups") == []
+    assert free_memory.cgroup_free_bytes(tmp_path / "nowhere", tmp_path / "cgroups") == []
 
 
 def test_the_memory_cgroup_of_the_first_version_is_read_too(tmp_path: Path) -> None:
@@ -98,7 +110,7 @@ def test_the_memory_cgroup_of_the_first_version_is_read_too(tmp_path: Path) -> N
     stat = "inactive_file 1\nactive_file 1\ntotal_inactive_file 10\ntotal_active_file 20\n"
     (group / "memory.stat").write_text(stat)
 
-    assert memory.cgroup_free_bytes(tmp_path / "membership", tmp_path / "cgroups") == [80]
+    assert free_memory.cgroup_free_bytes(tmp_path / "membership", tmp_path / "cgroups") == [80]
 
 
 def test_scratch_is_reused_by_a_thread_and_not_shared_with_another() -> None:

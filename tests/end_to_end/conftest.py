@@ -137,8 +137,8 @@ def pool_bytes() -> Callable[[flexport.LLM], tuple[int, ...]]:
     """pool_bytes(llm): what is in use now on device, host and disk."""
 
     def get(llm: flexport.LLM) -> tuple[int, ...]:
-        store = llm.engine._store
-        assert store is not None
+        assert llm.engine._loaded is not None
+        store = llm.engine._loaded.store
         spilled_bytes = store._spill.used_bytes if store._spill else 0
         return store.device.used_bytes, store.host.used_bytes, spilled_bytes
 

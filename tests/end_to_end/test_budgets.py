@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from contextlib import closing
 from typing import Any
 
@@ -45,17 +47,24 @@ def test_what_a_refusal_says_would_do_does(
             "dtype": "float32",
             "offload_dir": nothing_left,
         }
-        with (
-            flexport.LLM(found.directory, **options, **budgets) as llm,
-            pytest.raises(DoesNotFit) as refusal,
-        ):
-            continue_greedily(llm, found.prompts, [14] * 10)
-        with flexport.LLM(
-            found.directory, **options, **{**budgets, **_asked_for(refusal.value)}
-        ) as llm:
-            ids = continue_greedily(llm, found.prompts, [14] * 10)
 
-    assert _asked_for(refusal.value)
+        def attempt(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+            with flexport.LLM(found.directory, **options, **budgets) as llm:
+                ids: list[list[int]] = continue_greedily(llm, prompts, lengths)
+                return ids
+
+        with pytest.raises(DoesNotFit) as refusal:
+            attempt(found.prompts, [14] * 10)
+        budgets |= _asked_for(refusal.value)
+        # Where the device can be asked before it is opened, that was for a row of one token.
+        assert attempt([found.prompts[0]], [1]) == [found.continued(0, 1)]
+        try:
+            ids = attempt(found.prompts, [14] * 10)
+        except DoesNotFit as error:
+            assert not discrete
+            budgets |= _asked_for(error)
+            ids = attempt(found.prompts, [14] * 10)
+
     assert ids == found.greedy
 
 
@@ -65,13 +74,28 @@ def test_a_refusal_comes_before_any_weight_is_read(reference, nothing_left, monk
         "flexport.store.direct_io.DirectFile.read_into", lambda *args: read.append(args)
     )
 
-    with (
-        flexport.LLM(reference().directory, device_memory=1000, offload_dir=nothing_left) as llm,
-        pytest.raises(DoesNotFit),
-    ):
-        llm.generate([[5, 6]], SamplingParams(max_tokens=2))
+    for budget in (1000, "720KiB"):  # less than any row takes, and less than this one does
+        with (
+            pytest.raises(DoesNotFit),
+            flexport.LLM(
+                reference().directory, device_memory=budget, offload_dir=nothing_left
+            ) as llm,
+        ):
+            llm.generate([[5] * 100], SamplingParams(max_tokens=28))
 
     assert read == []
+
+
+def test_what_never_fits_is_refused_without_torch(reference):
+    """So that it takes a fraction of a second."""
+    script = (
+        "import sys, flexport\n"
+        "try: flexport.LLM(sys.argv[1], device_memory=1000)\n"
+        "except flexport.errors.DoesNotFit: assert 'torch' not in sys.modules\n"
+        "else: raise AssertionError('it fits')\n"
+    )
+
+    subprocess.run([sys.executable, "-c", script, str(reference().directory)], check=True)
 
 
 def test_memory_is_used_up_to_its_budget_and_never_beyond(

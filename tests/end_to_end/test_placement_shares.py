@@ -66,8 +66,8 @@ def test_every_decoder_layer_has_the_same_share_of_weights_in_memory(model, noth
         model, dtype="float32", percent=[60, 0, 100, 0, 100, 0], offload_dir=nothing_left, **AMPLE
     ) as llm:
         _generate(llm)
-        assert llm.engine._weights is not None
-        layers = llm.engine._weights._shards[1:-1]
+        assert llm.engine._loaded is not None
+        layers = llm.engine._loaded.weights._shards[1:-1]
 
     shares = []
     for shards in layers:

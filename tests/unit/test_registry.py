@@ -13,7 +13,7 @@ import pytest
 
 from flexport.cli import backends as command
 from flexport.errors import BackendUnavailable
-from flexport.registry import Listing, auto_order, backends, open_backend
+from flexport.registry import Listing, auto_order, backends, describe_backend, open_backend
 
 Install = Callable[..., None]
 
@@ -193,6 +193,42 @@ def test_a_name_from_the_environment_is_blamed_on_it(
 
     with pytest.raises(BackendUnavailable, match="from FLEXPORT_BACKEND"):
         open_backend("auto")
+
+
+def test_a_backend_is_described_without_being_opened(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = "lambda: Capabilities(name='toaster', memory_bytes=7, unified=False, "
+    facts += "dtypes=('float32',), dtype_reason='so', page_tokens=16)"
+    source = good().replace("open=Fake", f"open=Fake, describe={facts}")
+    install("toaster", source.replace("import BackendPlugin", "import BackendPlugin, Capabilities"))
+
+    for name in ("toaster", "auto"):
+        described = describe_backend(name)
+        assert described is not None
+        assert described.memory_bytes == 7
+    monkeypatch.setenv("FLEXPORT_BACKEND", "cpu")
+    described = describe_backend("auto")
+    assert described is not None
+    assert described.unified
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        good(),
+        good(reason="no bread").replace("open=Fake", "open=Fake, describe=1"),
+        good().replace("open=Fake", "open=Fake, describe=lambda: 1 / 0"),
+        "broken",
+    ],
+    ids=["says nothing", "not usable", "fails", "does not load"],
+)
+def test_a_backend_that_does_not_describe_itself_is_asked_when_it_is_open(
+    source: str, install: Install
+) -> None:
+    install("toaster", source)
+
+    assert describe_backend("toaster") is None
 
 
 def test_a_given_name_wins_over_the_environment(
