@@ -32,12 +32,13 @@ _SETTINGS = (
     "host_memory",
     "disk_memory",
     "offload_dir",
+    "trace",
 )
 """Options that go to `flexport.LLM` as they are."""
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the shared options, in three groups."""
+    """Declare the shared options, in groups."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
@@ -126,6 +127,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where spilled tensors live, in a folder that is removed at the end (default: the "
         "system's temporary directory)",
+    )
+    parser.add_argument_group("looking closer").add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write what every lane does when (reads, copies, computing, waiting, with layer and "
+        "batch) there, in the Chrome trace format; https://ui.perfetto.dev opens it",
     )
 
 

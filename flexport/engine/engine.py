@@ -20,6 +20,7 @@ from flexport.backend import Backend, Capabilities
 from flexport.engine.limits import default_budgets, dtype_for
 from flexport.engine.plan import Plan, model_sizes
 from flexport.engine.source import open_source
+from flexport.engine.trace import Trace
 from flexport.errors import DoesNotFit, UsageError
 from flexport.planner.auto import Choice, check, choose
 from flexport.planner.footprint import JobSizes, footprint, page_tokens_for
@@ -56,13 +57,15 @@ class Engine:
         offload_dir: Path | None = None,
         seed: int = 0,
         on_plan: Callable[[Plan], None] | None = None,
+        trace: Path | None = None,
     ) -> None:
         """`backend` is a registered name, or one that is open and stays the caller's to close.
 
         `policy` is obeyed as it is; without it one is made that keeps to `choice`.
 
         `budgets` are caps in bytes for device, host and disk; None takes what is free.
-        `on_plan` is called with each plan before anything of it is done.
+        `on_plan` is called with each plan before anything of it is done. What every lane does
+        when is written to `trace`, a Chrome trace.
         """
         self._source = open_source(model, revision, load_format)
         self.spec = self._source.spec
@@ -87,6 +90,7 @@ class Engine:
         else:
             self.backend_name, self.backend = backend.capabilities.name, backend
         self._know(self.backend.capabilities)
+        self._trace = None if trace is None else Trace(trace)
         self.tokenizer: Tokenizer | None = (
             open_tokenizer(self._source.directory) if self._source.directory else None
         )
@@ -148,6 +152,8 @@ class Engine:
         self._unload()
         if self._owns_backend:
             self.backend.close()
+        if self._trace is not None:
+            self._trace.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -219,7 +225,14 @@ class Engine:
         if self._loaded is None:
             from flexport.engine.loaded import Loaded  # and torch, after all that needs none
 
-            self._loaded = Loaded(self._source, self.backend, plan, self._offload_dir, self._seed)
+            self._loaded = Loaded(
+                self._source,
+                self.backend,
+                plan,
+                self._offload_dir,
+                self._seed,
+                self._trace.record if self._trace else None,
+            )
         self._loaded.follow(plan)
         return self._loaded
 

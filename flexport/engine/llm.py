@@ -52,12 +52,14 @@ class LLM:
         offload_dir: str | Path | None = None,
         seed: int = 0,
         on_plan: Callable[[Plan], None] | None = None,
+        trace: str | Path | None = None,
     ) -> None:
         """Sizes are bytes or text such as "14GiB"; without `model` it is the embedded demo.
 
         `backend` is a registered name, or an open backend, which stays the caller's to close.
 
-        `on_plan` is called with each plan before anything of it is done. Raises UsageError, or
+        `on_plan` is called with each plan before anything of it is done; `trace` is a file for
+        what every lane does when, in the Chrome trace format. Raises UsageError, or
         one of the errors below it, for what can't work.
         """
         weights, cache, activations = (
@@ -92,6 +94,7 @@ class LLM:
             offload_dir=None if offload_dir is None else Path(offload_dir),
             seed=seed,
             on_plan=on_plan,
+            trace=None if trace is None else Path(trace),
         )
 
     @property

@@ -27,6 +27,7 @@ from flexport.intake.pack import pack
 from flexport.records import Completion, Request
 from flexport.schedule.executor import execute
 from flexport.schedule.order import Rota
+from flexport.store.lanes import Watch
 from flexport.store.store import Store
 from flexport.tokenizer import Tokenizer
 from flexport.torch_ops import torch_dtype
@@ -38,7 +39,13 @@ class Loaded:
     """One model's weights where a plan wants them. `close` removes every file."""
 
     def __init__(
-        self, source: Source, backend: Backend, plan: Plan, offload_dir: Path, seed: int
+        self,
+        source: Source,
+        backend: Backend,
+        plan: Plan,
+        offload_dir: Path,
+        seed: int,
+        watch: Watch | None = None,
     ) -> None:
         """Reads what is to be resident. `seed` is that of made-up weights."""
         started_s = time.perf_counter()
@@ -47,7 +54,8 @@ class Loaded:
         self._plan = plan
         self._work_bytes = 0
         self._backend = backend
-        self.store = Store(backend, plan.budgets, offload_dir)
+        self._watch = watch
+        self.store = Store(backend, plan.budgets, offload_dir, watch)
         try:
             files = source.files
             if files is None:
@@ -108,7 +116,7 @@ class Loaded:
     ) -> Generator[None, None, None]:
         """Run rows given as micro-batches; yields after each visit."""
         plan, store = self._plan, self.store
-        clock = Clock()
+        clock = Clock(self._watch)
         work = JobWork(
             self.weights,
             store,

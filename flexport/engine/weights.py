@@ -161,6 +161,7 @@ class ModelWeights:
     def load(self) -> None:
         """Read what is resident. Needs staging for one layer more than stays."""
         for layer, shards in enumerate(self._shards):
+            self._store.label = f"layer {layer}"
             self._load_layer(layer, shards)
 
     def staging_bytes(self, layer: int) -> tuple[int, int]:

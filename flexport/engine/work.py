@@ -47,12 +47,13 @@ class Purpose(Protocol):
 class _Ready:
     """The ticket of a visit: its weights, its pages and its hidden states."""
 
-    def __init__(self, tickets: Sequence[Ticket], clock: Clock) -> None:
+    def __init__(self, tickets: Sequence[Ticket], clock: Clock, label: str) -> None:
         self._tickets = tickets
         self._clock = clock
+        self._label = label
 
     def wait(self) -> None:
-        with self._clock.waiting():
+        with self._clock.waiting(self._label):
             for ticket in self._tickets:
                 ticket.wait()
 
@@ -115,9 +116,11 @@ class JobWork:
 
     def fetch(self, visit: Visit) -> None:
         """Start what streams to the visit: its layer's weights if it is the first, its pages."""
+        self._store.label = f"layer {visit.layer}"
         if visit.first:
             self._layers[visit.sweep, visit.layer] = self._weights.fetch(visit.layer)
         for batch, piece in self._attending(visit):
+            self._store.label = f"layer {visit.layer}, batch {batch.index}"
             self._held[visit.layer, piece] = batch.cache.fetch(visit.layer - 1, piece)
         self._ahead.append(visit)
 
@@ -130,18 +133,19 @@ class JobWork:
             if (visit.layer, piece) in self._held:
                 batch = self.batches[piece.batch]
                 tickets += batch.cache.tickets(self._held[visit.layer, piece])
-        return _Ready(tickets, self._clock)
+        return _Ready(tickets, self._clock, _told(visit))
 
     def compute(self, visit: Visit) -> None:
         """A group of pieces through one layer; those whose batch has ended meanwhile are left out."""
         self._ahead.popleft()
+        self._store.label = _told(visit)
         if self._ahead:
             self._hidden.prefetch(self._ahead[0].pieces)
         parts = self._parts(visit)
         if not parts:
             return
         layer = self._layers[visit.sweep, visit.layer]
-        with self._clock.computing(), torch.inference_mode():
+        with self._clock.computing(_told(visit)), torch.inference_mode():
             if visit.layer == 0:
                 self._embed(visit.pieces, parts, layer)
             elif visit.layer == self._spec.head_layer:
@@ -156,6 +160,7 @@ class JobWork:
             if held is None:
                 continue
             batch = self.batches[piece.batch]
+            self._store.label = f"layer {visit.layer}, batch {batch.index}"
             if batch.plan.ended:
                 batch.cache.release(held)
             else:
@@ -262,6 +267,13 @@ class JobWork:
     def _retire(self, batch: Batch) -> None:
         batch.cache.drop()
         del self.batches[batch.index]
+
+
+def _told(visit: Visit) -> str:
+    """The visit for people who look at a trace."""
+    batches = sorted({piece.batch for piece in visit.pieces})
+    told = f"batch {batches[0]}" if len(batches) == 1 else f"batches {batches[0]} to {batches[-1]}"
+    return f"layer {visit.layer}, {told}"
 
 
 def _same_pages(visit: Visit, other: Visit) -> bool:

@@ -11,8 +11,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-__all__ = ["DONE", "Job", "Lane", "Trouble"]
+__all__ = ["DONE", "Job", "Lane", "Trouble", "Watch"]
 
 
 class Trouble:
@@ -78,21 +79,39 @@ DONE = Job(0)
 """A ticket for what needs no copy."""
 
 
+class Watch(Protocol):
+    """Who wants to know what each lane does."""
+
+    def __call__(
+        self,
+        lane: str,
+        thread: int,
+        label: str,
+        started_s: float,
+        ended_s: float,
+        num_bytes: int = 0,
+    ) -> None:
+        """A task has ended; times are those of `time.perf_counter`."""
+
+
 class Lane:
     """One direction of one link."""
 
-    def __init__(self, name: str, num_threads: int, trouble: Trouble) -> None:
+    def __init__(
+        self, name: str, num_threads: int, trouble: Trouble, watch: Watch | None = None
+    ) -> None:
         self.name = name
+        self._watch = watch
         self.moved_bytes = 0
         self._busy_s = 0.0
         self._num_busy = 0
         self._busy_since_s = 0.0
         self._trouble = trouble
-        self._tasks: deque[tuple[Callable[[], int], Job]] = deque()
+        self._tasks: deque[tuple[Callable[[], int], Job, str]] = deque()
         self._changed = threading.Condition()
         self._open = True
         self._threads = [
-            threading.Thread(target=self._work, name=f"flexport {name} {i}", daemon=True)
+            threading.Thread(target=self._work, args=(i,), name=f"flexport {name} {i}", daemon=True)
             for i in range(num_threads)
         ]
         for thread in self._threads:
@@ -111,19 +130,20 @@ class Lane:
         then: Callable[[], None] | None = None,
         *,
         urgent: bool = False,
+        label: str = "",
     ) -> Job:
         """Queue tasks, each of which gives the number of bytes it moved.
 
         `then` is called when the last one has ended, if none has failed. Urgent tasks go before
-        all that wait: somebody stands still until they are done.
+        all that wait: somebody stands still until they are done. `label` is for whoever watches.
         """
         job = Job(len(tasks), then)
         with self._changed:
             assert self._open, f"lane {self.name} is closed"
             if urgent:
-                self._tasks.extendleft((task, job) for task in reversed(tasks))
+                self._tasks.extendleft((task, job, label) for task in reversed(tasks))
             else:
-                self._tasks.extend((task, job) for task in tasks)
+                self._tasks.extend((task, job, label) for task in tasks)
             self._changed.notify(len(tasks))
         return job
 
@@ -134,21 +154,22 @@ class Lane:
             dropped = list(self._tasks)
             self._tasks.clear()
             self._changed.notify_all()
-        for _, job in dropped:
+        for _, job, _ in dropped:
             job.finish_task(RuntimeError(f"lane {self.name} was closed"))
         for thread in self._threads:
             thread.join()
 
-    def _work(self) -> None:
+    def _work(self, thread: int) -> None:
         while True:
             with self._changed:
                 while self._open and not self._tasks:
                     self._changed.wait()
                 if not self._open:
                     return
-                task, job = self._tasks.popleft()
+                task, job, label = self._tasks.popleft()
+                started_s = time.perf_counter()
                 if self._num_busy == 0:
-                    self._busy_since_s = time.perf_counter()
+                    self._busy_since_s = started_s
                 self._num_busy += 1
             error: BaseException | None = None
             moved_bytes = 0
@@ -162,6 +183,8 @@ class Lane:
                 self._num_busy -= 1
                 if self._num_busy == 0:
                     self._busy_s += time.perf_counter() - self._busy_since_s
+            if self._watch is not None:
+                self._watch(self.name, thread, label, started_s, time.perf_counter(), moved_bytes)
             job.finish_task(error)
             # An idle thread must not keep a task's buffers alive: their room may be needed.
             del task, job

@@ -30,7 +30,7 @@ from flexport.backend import Backend, Ticket
 from flexport.errors import DiskFull
 from flexport.policy import Budgets, Tier
 from flexport.store.direct_io import AlignedBuffer, DirectFile, align_up, aligned_range
-from flexport.store.lanes import DONE, Job, Lane, Trouble
+from flexport.store.lanes import DONE, Job, Lane, Trouble, Watch
 from flexport.store.pool import Buffer, Pool
 from flexport.store.run_dir import RunDir
 from flexport.store.spill import Extent, SpillFile
@@ -147,9 +147,17 @@ class _Relay:
 class Store:
     """Bundles on three tiers under hard caps. Opened once a run; closing it removes every file."""
 
-    def __init__(self, backend: Backend, budgets: Budgets, offload_dir: Path) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        budgets: Budgets,
+        offload_dir: Path,
+        watch: Watch | None = None,
+    ) -> None:
         """Nothing is written below offload_dir before the first bundle has its home on disk."""
         self.backend = backend
+        self.label = ""
+        """What the copies started from now on are for; told to `watch`."""
         self.unified = backend.capabilities.unified
         self.trouble = Trouble()
         self.placed_bytes: Counter[tuple[str, Tier]] = Counter()
@@ -166,10 +174,10 @@ class Store:
             self.device = Pool("device", budgets.device_bytes, self._make_device)
             self.host = Pool("host", budgets.host_bytes, self._make_host)
         self.lanes = {
-            "disk_to_host": Lane("disk_to_host", NUM_READERS, self.trouble),
-            "host_to_device": Lane("host_to_device", 1, self.trouble),
-            "device_to_host": Lane("device_to_host", 1, self.trouble),
-            "host_to_disk": Lane("host_to_disk", NUM_WRITERS, self.trouble),
+            "disk_to_host": Lane("disk_to_host", NUM_READERS, self.trouble, watch),
+            "host_to_device": Lane("host_to_device", 1, self.trouble, watch),
+            "device_to_host": Lane("device_to_host", 1, self.trouble, watch),
+            "host_to_disk": Lane("host_to_disk", NUM_WRITERS, self.trouble, watch),
         }
 
     # ---- bundles and their homes
@@ -217,7 +225,7 @@ class Store:
         if last.done:
             free()
         else:
-            self._start_write(free)
+            self._start_write(free, f"freeing {kept.kind}")
 
     def settle(self, kept: Kept) -> None:
         """A bundle of `keep_open` is complete: send it from host memory to its home on disk."""
@@ -232,7 +240,7 @@ class Store:
                 self.host.give_back(buffer)
 
         kept.home, kept.buffer, kept.extent = Tier.DISK, None, extent
-        kept.last = self._start_write(spill)
+        kept.last = self._start_write(spill, self._label(kept))
 
     def pool(self, home: Tier) -> Pool:
         """The memory in which a bundle of that home lies, or waits while it is open."""
@@ -266,11 +274,12 @@ class Store:
         num_bytes = _size(ranges)
         device = self.device.take(num_bytes, self.wait_for_a_write)
         bytes_B = device.bytes_B[:num_bytes]
+        label = self._label(kept)
         if kept.home is Tier.HOST:
             kept.last.join()
             ticket: Ticket = _All(
                 [
-                    self._copy("host_to_device", home_B, part_B)
+                    self._copy("host_to_device", home_B, part_B, label)
                     for home_B, part_B in _parts(kept, bytes_B, ranges)
                 ]
             )
@@ -283,7 +292,7 @@ class Store:
         relay = _Relay()
 
         def pass_on() -> None:
-            relay.copy = self._copy("host_to_device", staged_B, bytes_B)
+            relay.copy = self._copy("host_to_device", staged_B, bytes_B, label)
 
         relay.read = self._read(kept, staged_B, ranges, pass_on)
         return Lease(bytes_B, relay, [(self.device, device), (self.host, host)], ranges)
@@ -304,13 +313,13 @@ class Store:
         """Start sending the leased bytes home; the lease is taken over and released."""
         if lease.in_place:
             return
-        src_B, before = lease.bytes_B, kept.last
+        src_B, before, label = lease.bytes_B, kept.last, self._label(kept)
         if kept.home is Tier.HOST:
             copies = [
-                self._copy("device_to_host", part_B, home_B)
+                self._copy("device_to_host", part_B, home_B, label)
                 for home_B, part_B in _parts(kept, src_B, lease.ranges)
             ]
-            kept.last = self._start_write(partial(_finish, _All(copies), lease, before))
+            kept.last = self._start_write(partial(_finish, _All(copies), lease, before), label)
             return
         assert kept.extent is not None, f"a {kept.kind} bundle in somebody's file is read-only"
         copy: Ticket = DONE
@@ -318,11 +327,12 @@ class Store:
         if not self.unified:
             host = self.host.take(src_B.numel(), self.wait_for_a_write)
             staged_B = host.bytes_B[: src_B.numel()]
-            copy = self._copy("device_to_host", src_B, staged_B)
+            copy = self._copy("device_to_host", src_B, staged_B, label)
             leases.append(Lease(staged_B, DONE, [(self.host, host)]))
             src_B = staged_B
         kept.last = self._start_write(
-            partial(self._spill_lease, copy, src_B, kept.extent, lease.ranges, leases, before)
+            partial(self._spill_lease, copy, src_B, kept.extent, lease.ranges, leases, before),
+            label,
         )
 
     def read_file(self, kept: Kept, dst_B: Tensor) -> Job:
@@ -342,7 +352,7 @@ class Store:
             return (end - begin) * row_bytes
 
         tasks = [partial(read, begin) for begin in range(0, len(rows), per_task)]
-        self.lanes["disk_to_host"].submit(tasks, urgent=True).join()
+        self.lanes["disk_to_host"].submit(tasks, urgent=True, label="table rows").join()
         return out_RB
 
     # ---- the run as a whole
@@ -442,7 +452,10 @@ class Store:
             self._spill = SpillFile(self.open_run_directory() / "spill", self._budgets.disk_bytes)
         return self._spill
 
-    def _copy(self, lane: str, src_B: Tensor, dst_B: Tensor) -> Ticket:
+    def _label(self, kept: Kept) -> str:
+        return f"{kept.kind}, {self.label}" if self.label else kept.kind
+
+    def _copy(self, lane: str, src_B: Tensor, dst_B: Tensor, label: str) -> Ticket:
         """A copy between host and device, watched by its lane for how long it takes."""
         ticket = self.backend.copy_async(src_B, dst_B)
         num_bytes = src_B.numel()
@@ -451,7 +464,7 @@ class Store:
             ticket.join()
             return num_bytes
 
-        self.lanes[lane].submit([watch])
+        self.lanes[lane].submit([watch], label=label)
         return ticket
 
     def _lease_in_place(self, kept: Kept) -> Lease:
@@ -487,7 +500,7 @@ class Store:
         for run in kept.runs:
             start, stop = aligned_range(run.offset_bytes, run.num_bytes)
             read(self._open_file(run.path), start, stop, run.offset_bytes + run.num_bytes)
-        return self.lanes["disk_to_host"].submit(tasks, then)
+        return self.lanes["disk_to_host"].submit(tasks, then, label=self._label(kept))
 
     def _write_extent(self, src_B: Tensor, extent: Extent, ranges: Ranges) -> int:
         file, at = self._open_spill().file, 0
@@ -513,8 +526,8 @@ class Store:
                 lease.release()
             before.join()  # whoever waits for this write waits for those before it
 
-    def _start_write(self, task: Callable[[], int]) -> Job:
-        job = self.lanes["host_to_disk"].submit([task])
+    def _start_write(self, task: Callable[[], int], label: str) -> Job:
+        job = self.lanes["host_to_disk"].submit([task], label=label)
         while self._writes and self._writes[0].done:
             self._writes.popleft()
         self._writes.append(job)
