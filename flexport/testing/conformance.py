@@ -81,6 +81,13 @@ ATTENTION_CASES = {
     "a grouped chunk": AttentionCase(
         pages=(16, 32), length=45, queries=17, heads=(8, 2), starts=(4, 0)
     ),
+    "a chunk of a row that starts late": AttentionCase(
+        pages=(48,), length=45, queries=20, rows=1, starts=(7,)
+    ),
+    "rows that start late together": AttentionCase(
+        pages=(48,), length=45, queries=33, starts=(9, 9), heads=(6, 3)
+    ),
+    "a prompt with an odd head": AttentionCase(pages=(40,), length=40, queries=40, head_dim=24),
     "not causal": AttentionCase(pages=(16, 16), length=25, queries=25, causal=False),
     "window": AttentionCase(pages=(16, 16, 16), length=41, window=9),
     "window of one": AttentionCase(pages=(16,), length=12, window=1),
@@ -88,6 +95,9 @@ ATTENTION_CASES = {
     "window over a prompt": AttentionCase(pages=(100,), length=100, queries=100, window=7),
     "window over a chunk": AttentionCase(
         pages=(16, 16, 16), length=45, queries=20, window=11, starts=(2, 20)
+    ),
+    "window over a long prompt": AttentionCase(
+        pages=(300,), length=300, queries=300, rows=1, window=140
     ),
     "soft-cap": AttentionCase(pages=(16, 16), length=20, soft_cap=3.0),
     "soft-cap over a prompt": AttentionCase(pages=(33,), length=33, queries=33, soft_cap=3.0),
