@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,8 @@ class Loaded:
         if not self.closed:
             self.closed = True
             self.store.close()
+            with suppress(Exception):  # a copy's error is this job's, and was told
+                self._backend.sync()
 
     def _run(
         self, batches: Iterable[Sequence[Row]], purpose: Purpose, num_generated: Callable[[], int]

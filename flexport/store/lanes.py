@@ -67,9 +67,10 @@ class Job:
             self._left -= 1
             if self._left:
                 return
-        if self._then is not None and self._error is None:
+        then, self._then = self._then, None  # whoever keeps the ticket keeps no buffers with it
+        if then is not None and self._error is None:
             try:
-                self._then()
+                then()
             except Exception as caught:  # noqa: BLE001 - it is raised again by join
                 self._error = caught
         self._done.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -131,3 +132,27 @@ def test_no_tasks_are_done_at_once(lane):
     DONE.join()
 
     assert DONE.done
+
+
+def test_a_job_that_is_done_holds_nothing_of_what_came_after_it():
+    """Its ticket may be kept for long, and `then` knows of buffers."""
+    lane = Lane("disk_to_host", 1, Trouble())
+    passed: list[bytearray] = []
+
+    class Buffer(bytearray):
+        """One that a weak reference can watch."""
+
+    buffer = Buffer(8)
+    watched = weakref.ref(buffer)
+
+    def then(held: bytearray = buffer) -> None:
+        passed.append(held[:4])
+
+    job = lane.submit([lambda: 8], then)
+    job.join()
+    lane.close()
+    del buffer, then
+
+    assert watched() is None
+    assert passed == [bytearray(4)]
+    assert job.done
