@@ -202,7 +202,8 @@ def _attend_tile(
 def _is_plain(tile: _Tile, spec: AttentionSpec) -> bool:
     """Whether the scores of all rows and heads of the tile need one and the same mask, no more."""
     starts = set(spec.starts[tile.rows]) if spec.starts is not None else {0}
-    return len(starts) == 1 and spec.soft_cap is spec.slopes is spec.sinks is None
+    extras = (spec.soft_cap, spec.slopes, spec.sinks)
+    return len(starts) == 1 and all(extra is None for extra in extras)
 
 
 def _mask(tile: _Tile, spec: AttentionSpec, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -1,0 +1,191 @@
+"""On an accelerator with an address space of its own the answer is the same, wherever things live.
+
+The emulated device refuses what a real one refuses: host memory in device maths, more bytes than
+there are, work that is not ordered after the copy it needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from typing import Any
+
+import pytest
+from flexport_emulated.backend import EmulatedBackend
+from torch.utils import backend_registration
+
+import flexport
+from flexport import SamplingParams
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no devices written in Python",
+)
+
+AMPLE: dict[str, Any] = {"device_memory": "1GiB", "host_memory": "1GiB", "disk_memory": "1GiB"}
+
+ROWS = [0, 3, 9, 1, 6, 4, 8, 2]
+LENGTHS = [14, 3, 9, 14, 1, 7, 14, 2]
+"""Rows end at different steps, so that caches shrink and batches end early."""
+
+BLOCKS: list[dict[str, int]] = [
+    {"batch_size": 3, "num_batches": 2},
+    {"batch_size": 5, "num_batches": 1, "sweep_tokens": 20},
+    {"batch_size": 2, "num_batches": 4, "prefill_tokens": 8},
+    {"batch_size": 4, "num_batches": 2, "prefill_tokens": 16, "sweep_tokens": 30},
+]
+
+MIXES = [
+    [100, 0, 100, 0, 100, 0],
+    [0, 100, 0, 100, 0, 100],
+    [0, 0, 0, 0, 0, 0],
+    [30, 30, 40, 30, 20, 40],
+    [50, 50, 100, 0, 0, 100],
+    [0, 100, 100, 0, 100, 0],
+    [100, 0, 0, 100, 0, 0],
+    [100, 0, 0, 0, 50, 50],
+    [20, 0, 50, 0, 100, 0],
+    [0, 60, 0, 40, 100, 0],
+    [70, 30, 30, 70, 60, 0],
+    [0, 0, 100, 0, 0, 100],
+]
+
+VARIANTS = ["125m-like", "350m-like", "galactica-like", "untied-like"]
+
+
+def options(found, backend, percent, block, offload_dir):
+    return {
+        "model": found.directory,
+        "backend": backend,
+        "dtype": "float32",
+        "percent": percent,
+        "offload_dir": offload_dir,
+        **block,
+    }
+
+
+def prompts_of(found):
+    return [found.prompts[row] for row in ROWS]
+
+
+def expected_of(found):
+    return [found.continued(row, length) for row, length in zip(ROWS, LENGTHS, strict=True)]
+
+
+def needed(plan):
+    return {
+        "device_memory": plan.needs.device_bytes,
+        "host_memory": plan.needs.host_bytes,
+        "disk_memory": plan.needs.disk_bytes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("number", "percent"), list(enumerate(MIXES)), ids=["-".join(map(str, mix)) for mix in MIXES]
+)
+def test_greedy_tokens_are_those_of_transformers_for_any_mix_of_tiers(
+    number, percent, reference, continue_greedily, nothing_left
+):
+    found = reference(VARIANTS[number % 4], "float16" if number % 3 == 2 else "float32")
+    block = BLOCKS[(number + number // 4) % 4]
+
+    with contextlib.closing(EmulatedBackend()) as device:
+        chosen = options(found, device, percent, block, nothing_left)
+        with flexport.LLM(**chosen, **AMPLE) as llm:
+            ids = continue_greedily(llm, prompts_of(found), LENGTHS)
+        del llm
+        gc.collect()
+        left_bytes = device.used_bytes
+
+    assert ids == expected_of(found)
+    assert left_bytes == 0
+
+
+@pytest.mark.parametrize("block", BLOCKS[1:], ids=["paced", "chunked", "both"])
+@pytest.mark.parametrize("percent", [MIXES[0], MIXES[2]], ids=["device", "disk"])
+def test_a_device_as_small_as_the_plan_says_is_large_enough(
+    percent, block, reference, continue_greedily, plan_for, nothing_left
+):
+    found = reference()
+    with contextlib.closing(EmulatedBackend()) as ample:
+        chosen = options(found, ample, percent, block, nothing_left)
+        budgets = needed(plan_for(prompts_of(found), LENGTHS, **chosen, **AMPLE))
+
+    with contextlib.closing(EmulatedBackend(memory_bytes=budgets["device_memory"])) as device:
+        chosen = options(found, device, percent, block, nothing_left)
+        with flexport.LLM(**chosen, **budgets) as llm:
+            ids = continue_greedily(llm, prompts_of(found), LENGTHS)
+
+    assert ids == expected_of(found)
+    assert 0 < device.allocated_peak_bytes <= device.peak_bytes <= budgets["device_memory"]
+
+
+def test_a_device_slower_than_its_host_gives_the_same_tokens(
+    reference, continue_greedily, nothing_left
+):
+    """Copies that end late show a wait that is missing; compute that does, a copy too early."""
+    found = reference()
+    answers = []
+    slow: list[dict[str, Any]] = [{"link_latency_s": 5e-4}, {"flops_per_s": 5e8}]
+    for rates in slow:
+        with contextlib.closing(EmulatedBackend(**rates)) as device:
+            chosen = options(found, device, MIXES[3], BLOCKS[0], nothing_left)
+            with flexport.LLM(**chosen, **AMPLE) as llm:
+                answers.append(continue_greedily(llm, prompts_of(found), LENGTHS))
+
+    assert answers == [expected_of(found)] * 2
+
+
+def test_sampling_with_penalties_and_scoring_keep_to_the_device(reference, nothing_left):
+    found = reference()
+    params = SamplingParams(
+        max_tokens=6,
+        temperature=0.8,
+        top_k=20,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.3,
+        min_tokens=3,
+        seed=5,
+    )
+    pairs = [(prompt, ids[:4]) for prompt, ids in zip(found.prompts, found.greedy, strict=True)]
+    with contextlib.closing(EmulatedBackend()) as device:
+        answers, scores = [], []
+        for backend in ("cpu", device):
+            chosen = options(found, backend, MIXES[3], BLOCKS[0], nothing_left)
+            with flexport.LLM(**chosen, **AMPLE) as llm:
+                outputs = llm.generate(found.prompts, params)
+                answers.append([output.outputs[0].token_ids for output in outputs])
+                scores.append(llm.score(pairs))
+
+    assert answers[0] == answers[1]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    assert all(score.is_greedy for score in scores[1])
+
+
+@pytest.mark.parametrize("number", [0, 17])
+@pytest.mark.parametrize("lane", ["host_to_device", "device_to_host", "compute"])
+def test_an_error_of_a_lane_reaches_the_caller_and_nothing_is_left(
+    lane, number, reference, continue_greedily, nothing_left
+):
+    found = reference()
+
+    with contextlib.closing(EmulatedBackend()) as device:
+        chosen = options(found, device, MIXES[3], BLOCKS[0], nothing_left)
+        error = OSError("the device fell off the bus")
+        with flexport.LLM(**chosen, **AMPLE) as llm:
+            continue_greedily(llm, prompts_of(found)[:1], [1])
+            if lane == "compute":
+                device.fail_kernel(number, error)
+            else:
+                device.fail_copy(lane, number, error)
+            with pytest.raises(OSError, match="the device fell off the bus"):
+                continue_greedily(llm, prompts_of(found), LENGTHS)
+            left_open = [t.name for t in threading.enumerate() if t.name.startswith("flexport ")]
+            files_left = list(nothing_left.iterdir())
+            again = continue_greedily(llm, prompts_of(found), LENGTHS)
+
+    assert left_open == []
+    assert files_left == []
+    assert again == expected_of(found)
