@@ -1,0 +1,94 @@
+"""How well copies hide behind computing, on the emulated accelerator: `python overlap.py`.
+
+Rates are chosen so that moving what a decode sweep needs takes half as long as computing it, as
+long, and twice as long. Perfect overlap takes as long as the longest lane, a schedule that only
+does one thing after another as the sum of all. The time of every lane is slept, so the figures
+hardly depend on the machine, as long as it is not busy.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import flexport
+from flexport.testing.checkpoints import tiny_opt
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from flexport_emulated.backend import EmulatedBackend, Link
+
+HIDDEN = 256
+NUM_LAYERS = 8
+ROWS = 16
+NEW_TOKENS = 8
+LAYER_S = 0.04
+"""Seconds that a layer computes in a decode step: long beside what Python does meanwhile."""
+
+LAYER_VALUES = 12 * HIDDEN * HIDDEN
+FLOPS_PER_S = 2 * ROWS * LAYER_VALUES / LAYER_S
+
+CASES: dict[str, list[float]] = {
+    "weights on the host": [0, 100, 100, 0, 100, 0],
+    "weights on disk": [0, 0, 100, 0, 100, 0],
+    "weights and cache on the host": [0, 100, 0, 100, 100, 0],
+    "half of the weights on the host": [50, 50, 100, 0, 100, 0],
+}
+RATIOS = (0.5, 1.0, 2.0)
+LINKS: tuple[Link, ...] = ("host_to_device", "device_to_host")
+
+
+def measure(model: Path, percent: list[float], ratio: float, num_batches: int) -> dict[str, float]:
+    """Seconds of each lane and of the whole job."""
+    streamed = 1 - percent[0] / 100
+    link_bytes_per_s = 4 * LAYER_VALUES * streamed / (LAYER_S * ratio)
+    device = EmulatedBackend(link_bytes_per_s=link_bytes_per_s, flops_per_s=FLOPS_PER_S)
+    with (
+        closing(device),
+        flexport.LLM(
+            model,
+            backend=device,
+            dtype="float32",
+            percent=percent,
+            batch_size=ROWS // num_batches,
+            num_batches=num_batches,
+            host_memory="1GiB",
+        ) as llm,
+    ):
+        sampling = flexport.SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+        llm.generate([[5]] * ROWS, sampling)  # loads, and warms up
+        before = {lane: device.busy_s(lane) for lane in ("compute", *LINKS)}
+        llm.generate([[5]] * ROWS, sampling)
+        seconds = {lane: device.busy_s(lane) - before[lane] for lane in before}
+        took = llm.report["seconds"]
+    return {"wall": took["prefill"] + took["decode"], **seconds}
+
+
+def main() -> None:
+    """Measure every case and print a table."""
+    print(f"{'':34}{'moving':>8}{'compute':>9}{'up':>8}{'down':>8}{'wall':>8}{'wall/longest':>14}")
+    with tempfile.TemporaryDirectory() as directory:
+        model = tiny_opt(
+            Path(directory),
+            hidden_size=HIDDEN,
+            word_embed_proj_dim=HIDDEN,
+            ffn_dim=4 * HIDDEN,
+            num_hidden_layers=NUM_LAYERS,
+        )
+        for name, percent in CASES.items():
+            for num_batches in (1, 4):
+                for ratio in RATIOS:
+                    found = measure(model, percent, ratio, num_batches)
+                    wall_s = found.pop("wall")
+                    lanes = "".join(f"{seconds:8.2f}" for seconds in found.values())
+                    print(
+                        f"{name + ', ' + str(num_batches) + ' x ' + str(ROWS // num_batches):34}"
+                        f"{ratio:7.1f}x {lanes}{wall_s:8.2f}{wall_s / max(found.values()):14.2f}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()
