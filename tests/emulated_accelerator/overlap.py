@@ -12,13 +12,14 @@ import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
+from typing import Literal
 
 import flexport
 from flexport.testing.checkpoints import tiny_opt
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from flexport_emulated.backend import EmulatedBackend, Link
+from flexport_emulated.backend import EmulatedBackend
 
 HIDDEN = 256
 NUM_LAYERS = 8
@@ -37,11 +38,17 @@ CASES: dict[str, list[float]] = {
     "half of the weights on the host": [50, 50, 100, 0, 100, 0],
 }
 RATIOS = (0.5, 1.0, 2.0)
-LINKS: tuple[Link, ...] = ("host_to_device", "device_to_host")
+LANES: tuple[Literal["compute", "host_to_device", "device_to_host"], ...] = (
+    "compute",
+    "host_to_device",
+    "device_to_host",
+)
 
 
-def measure(model: Path, percent: list[float], ratio: float, num_batches: int) -> dict[str, float]:
-    """Seconds of each lane and of the whole job."""
+def measure(
+    model: Path, percent: list[float], ratio: float, num_batches: int
+) -> tuple[float, list[float]]:
+    """Seconds of the whole job and of each lane."""
     streamed = 1 - percent[0] / 100
     link_bytes_per_s = 4 * LAYER_VALUES * streamed / (LAYER_S * ratio)
     device = EmulatedBackend(link_bytes_per_s=link_bytes_per_s, flops_per_s=FLOPS_PER_S)
@@ -59,11 +66,11 @@ def measure(model: Path, percent: list[float], ratio: float, num_batches: int) -
     ):
         sampling = flexport.SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
         llm.generate([[5]] * ROWS, sampling)  # loads, and warms up
-        before = {lane: device.busy_s(lane) for lane in ("compute", *LINKS)}
+        before = {lane: device.busy_s(lane) for lane in LANES}
         llm.generate([[5]] * ROWS, sampling)
-        seconds = {lane: device.busy_s(lane) - before[lane] for lane in before}
+        seconds = {lane: device.busy_s(lane) - before[lane] for lane in LANES}
         took = llm.report["seconds"]
-    return {"wall": took["prefill"] + took["decode"], **seconds}
+    return took["prefill"] + took["decode"], list(seconds.values())
 
 
 def main() -> None:
@@ -80,12 +87,11 @@ def main() -> None:
         for name, percent in CASES.items():
             for num_batches in (1, 4):
                 for ratio in RATIOS:
-                    found = measure(model, percent, ratio, num_batches)
-                    wall_s = found.pop("wall")
-                    lanes = "".join(f"{seconds:8.2f}" for seconds in found.values())
+                    wall_s, lanes_s = measure(model, percent, ratio, num_batches)
+                    lanes = "".join(f"{seconds:8.2f}" for seconds in lanes_s)
                     print(
                         f"{name + ', ' + str(num_batches) + ' x ' + str(ROWS // num_batches):34}"
-                        f"{ratio:7.1f}x {lanes}{wall_s:8.2f}{wall_s / max(found.values()):14.2f}",
+                        f"{ratio:7.1f}x {lanes}{wall_s:8.2f}{wall_s / max(lanes_s):14.2f}",
                         flush=True,
                     )
 
