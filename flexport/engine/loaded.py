@@ -64,7 +64,7 @@ class Loaded:
             self.weights = ModelWeights(self._spec, layers, self.store, torch_dtype(plan.dtype))
             self.weights.load()
         except BaseException:
-            self.store.close()
+            self.close()
             raise
         self._load_s = time.perf_counter() - started_s
         self.report: dict[str, Any] = {}

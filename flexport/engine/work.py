@@ -138,14 +138,15 @@ class JobWork:
     def compute(self, visit: Visit) -> None:
         """A group of pieces through one layer; those whose batch has ended meanwhile are left out."""
         self._ahead.popleft()
-        self._store.label = _told(visit)
+        told = _told(visit)
+        self._store.label = told
         if self._ahead:
             self._hidden.prefetch(self._ahead[0].pieces)
         parts = self._parts(visit)
         if not parts:
             return
         layer = self._layers[visit.sweep, visit.layer]
-        with self._clock.computing(_told(visit)), torch.inference_mode():
+        with self._clock.computing(told), torch.inference_mode():
             if visit.layer == 0:
                 self._embed(visit.pieces, parts, layer)
             elif visit.layer == self._spec.head_layer:

@@ -189,3 +189,19 @@ def test_an_error_of_a_lane_reaches_the_caller_and_nothing_is_left(
     assert left_open == []
     assert files_left == []
     assert again == expected_of(found)
+
+
+def test_an_error_while_loading_is_not_told_to_the_next_job(
+    reference, continue_greedily, nothing_left
+):
+    found = reference()
+
+    with contextlib.closing(EmulatedBackend()) as device:
+        chosen = options(found, device, MIXES[3], BLOCKS[0], nothing_left)
+        with flexport.LLM(**chosen, **AMPLE) as llm:
+            device.fail_copy("host_to_device", 0, OSError("the device fell off the bus"))
+            with pytest.raises(OSError, match="the device fell off the bus"):
+                continue_greedily(llm, prompts_of(found), LENGTHS)
+            again = continue_greedily(llm, prompts_of(found), LENGTHS)
+
+    assert again == expected_of(found)
