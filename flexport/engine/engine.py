@@ -245,7 +245,8 @@ class Engine:
     def _make_plan(self, job: JobSizes) -> Plan:
         file_item_bytes = VALUE_BYTES[self._source.file_dtype or self.dtype]
         sizes = model_sizes(self.spec, file_item_bytes, VALUE_BYTES[self.dtype])
-        preferred, unified = self._facts.page_tokens, self._facts.unified
+        preferred = self._facts.page_tokens
+        unified, addressable = self._facts.unified, self._facts.addressable
         choice = self._choice
         if self._loaded is not None and self.plan is not None:  # what is loaded stays there
             loaded = self.plan.policy
@@ -256,6 +257,7 @@ class Engine:
             self.budgets,
             page_tokens=preferred,
             unified=unified,
+            addressable=addressable,
             fixed=choice,
         )
         if unified and (policy.cpu_attention or policy.cpu_projections):
@@ -263,7 +265,7 @@ class Engine:
                 f"cpu_attention and cpu_projections are for a device with memory of its own; on "
                 f"{self._facts.name} it is the host's, and everything is computed where it lies"
             )
-        needs = footprint(sizes, job, policy, preferred, unified)
+        needs = footprint(sizes, job, policy, preferred, unified, addressable)
         check(needs, policy, self.budgets)
         return Plan(
             model=self.model_name,

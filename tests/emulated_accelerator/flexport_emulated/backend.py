@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexport.backend import AttentionSpec, Capabilities, Ticket
 from flexport_emulated import kernels
-from flexport_emulated.arena import poisoned
+from flexport_emulated.arena import host_bytes, poisoned
 from flexport_emulated.device import Device
 from flexport_emulated.device_tensor import DeviceTensor
 from flexport_emulated.lanes import Lane
@@ -35,7 +35,10 @@ ENVIRONMENT_PREFIX = "FLEXPORT_EMULATED_"
 
 
 class EmulatedBackend:
-    """A discrete accelerator with a hard memory size, queues and rates.
+    """An accelerator with a hard memory size, queues and rates.
+
+    With `unified=True` what `allocate` gives of host memory counts against the same size, though
+    the host addresses device memory no more than otherwise.
 
     All work is queued and done in order: kernels and torch operations by one thread, copies by
     one thread for each direction. Rates are the fastest that the lanes may be; None is as fast
@@ -46,6 +49,7 @@ class EmulatedBackend:
         self,
         *,
         memory_bytes: int = 1 << 30,
+        unified: bool = False,
         link_bytes_per_s: float | None = None,
         link_latency_s: float = 0.0,
         flops_per_s: float | None = None,
@@ -61,7 +65,7 @@ class EmulatedBackend:
         self._capabilities = Capabilities(
             name="emulated (an accelerator in host memory)",
             memory_bytes=memory_bytes,
-            unified=False,
+            unified=unified,
             dtypes=("float32", "bfloat16", "float16"),
             dtype_reason="its kernels compute in float32, whatever they are given",
             page_tokens=PAGE_TOKENS,
@@ -84,7 +88,7 @@ class EmulatedBackend:
 
     @property
     def used_bytes(self) -> int:
-        """Device memory that tensors hold now."""
+        """Device memory that tensors hold now; where memory is unified, the host's too."""
         return self._device.arena.used_bytes
 
     @property
@@ -143,7 +147,11 @@ class EmulatedBackend:
         self._device.check("allocate")
         if where == "device":
             return self._device.make(tuple(shape), None, dtype, allocated=True)
-        flat = poisoned(math.prod(shape) * dtype.itemsize)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if self._capabilities.unified:
+            flat = host_bytes(num_bytes, self._device.arena.take(num_bytes, allocated=True))
+        else:
+            flat = poisoned(num_bytes)
         with torch.inference_mode(False):
             return flat.view(dtype).view(tuple(shape))
 
