@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flexport.backend import AttentionSpec, Capabilities, Ticket
 from flexport.errors import OutOfMemory
+from flexport.torch_ops.attention import forget
 from flexport_cuda import kernels
 from flexport_cuda.facts import facts, memory_cap_bytes
 from flexport_cuda.pinned import HostMemory, pinned_bound_bytes
@@ -115,6 +116,7 @@ class CudaBackend:
         if self._closed:
             return
         self._closed = True
+        forget()
         try:
             self._copies.finish()
         finally:

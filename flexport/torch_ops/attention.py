@@ -32,7 +32,7 @@ from torch import Tensor
 
 from flexport.backend import AttentionSpec
 
-__all__ = ["Mask", "attention", "check_attention"]
+__all__ = ["Mask", "attention", "check_attention", "forget"]
 
 TILE_BYTES = 32 << 20
 """Float32 scores of a tile. Work memory is about three times that: scores, weights, and what one
@@ -82,6 +82,12 @@ def check_attention(
         raise ValueError(f"{num_heads} query heads can't share {num_kv_heads} key/value heads")
     if spec.starts is not None and len(spec.starts) != num_rows:
         raise ValueError(f"{num_rows} rows, but {len(spec.starts)} starts")
+
+
+def forget() -> None:
+    """Let go of the small tensors that are kept, on all devices; for whoever closes one."""
+    _kept_mask.cache_clear()
+    _on_device.cache_clear()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
