@@ -10,6 +10,7 @@ L new tokens a row, G columns of a page, E features of a head.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
@@ -40,6 +41,7 @@ class CudaBackend:
         cap_bytes = memory_cap_bytes()
         if cap_bytes is not None:
             runtime.limit_memory(cap_bytes)
+        runtime.empty_cache()  # what torch keeps for this process is free for it, too
         dtypes, dtype_reason = runtime.dtypes
         free_bytes, _, _ = runtime.memory()
         self._capabilities = facts(runtime.name, dtypes, dtype_reason, free_bytes=free_bytes)
@@ -117,11 +119,11 @@ class CudaBackend:
             return
         self._closed = True
         forget()
-        try:
+        # What went wrong on the card was told by `join`, `sync` or another verb.
+        with contextlib.suppress(RuntimeError):
             self._copies.finish()
-        finally:
-            self._host.close()
-            self._runtime.close()
+        self._host.close()
+        self._runtime.close()
 
     def _with_memory(self, asked: str, work: Callable[[], _T]) -> _T:
         """What `work` gives; if there is no memory for it, once more with all that can be freed."""

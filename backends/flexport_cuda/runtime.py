@@ -7,6 +7,7 @@ in every thread; the streams made here run beside it and are ordered by events a
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Protocol
 
 import torch
@@ -19,6 +20,8 @@ __all__ = ["Event", "Runtime", "Stream", "TorchRuntime"]
 
 PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all cards of the process, not the current one alone."""
+
+_log = logging.getLogger(__name__)
 
 
 class Event(Protocol):
@@ -93,7 +96,7 @@ class Runtime(Protocol):
         """Pin host memory; None if it is pinned, else why not."""
 
     def unregister(self, address: int) -> None:
-        """Unpin what was pinned at this address."""
+        """Unpin what was pinned at this address. Raises nothing: a collector may call it."""
 
     def close(self) -> None:
         """Undo what was set for the whole process."""
@@ -118,6 +121,7 @@ class TorchRuntime:
             self.dtypes = amd_dtypes(found.name, found.gcnArchName)
         # The flash kernel, which takes them, needs Ampere; the older ones would repeat keys.
         self.has_fused_groups = "bfloat16" in self.dtypes[0]
+        self._is_limited = False
         self._default = torch.cuda.default_stream(self.device)
         self.compute = _TorchStream(self._default)
         # The contract wants sums in float32; torch by default lets cuBLAS add up parts of a
@@ -153,6 +157,7 @@ class TorchRuntime:
         _, total_bytes = torch.cuda.mem_get_info(self.device)
         share = min(1.0, num_bytes / total_bytes)
         torch.cuda.set_per_process_memory_fraction(share, self.device)
+        self._is_limited = True
 
     def empty_cache(self) -> None:
         """Give memory back that torch keeps for later."""
@@ -173,12 +178,17 @@ class TorchRuntime:
             return f"{runtime.cudaGetErrorString(code)} (error {int(code)})"
 
     def unregister(self, address: int) -> None:
-        """Unpin what was pinned at this address."""
+        """Unpin what was pinned at this address; where the card is lost there is nothing to do."""
         with torch.cuda.device(self.device):
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+            runtime = torch.cuda.cudart()
+            code = runtime.cudaHostUnregister(address)
+            if code != runtime.cudaError.success:
+                _log.warning("unpinning failed: %s", runtime.cudaGetErrorString(code))
 
     def close(self) -> None:
         """Put torch's settings back."""
+        if self._is_limited:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
         matmul = torch.backends.cuda.matmul
         (
             matmul.allow_bf16_reduced_precision_reduction,

@@ -111,8 +111,12 @@ class _Direction:
         # Only here do the tensors go: freeing memory may take locks of its own.
 
     def finish(self) -> None:
-        """Wait for the last copy, and let go of all."""
-        self._stream.record().synchronize()
+        """Wait for the last copy, and let go of all; on a card that is lost none goes on."""
+        try:
+            self._stream.record().synchronize()
+        except RuntimeError:
+            self._held.clear()
+            raise
         self.reap()
 
 
