@@ -56,7 +56,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     return make
 
 
-def good(*, api: int = 1, rank: int = 50, reason: str | None = None) -> str:
+def good(*, api: int = 1, rank: int = 150, reason: str | None = None) -> str:
     return GOOD.format(api=api, rank=rank, reason=reason)
 
 
@@ -124,10 +124,10 @@ def test_of_two_plugins_with_one_name_the_second_is_reported(install: Install) -
 
 
 def test_auto_order_is_by_rank_then_name_and_leaves_out_the_unusable(install: Install) -> None:
-    install("beta", good(rank=60))
-    install("alpha", good(rank=60))
+    install("beta", good(rank=160))
+    install("alpha", good(rank=160))
     install("weak", good(rank=1))
-    install("absent", good(rank=99, reason="not here"))
+    install("absent", good(rank=199, reason="not here"))
 
     order = [listing.name for listing in auto_order(backends())]
 
@@ -135,7 +135,7 @@ def test_auto_order_is_by_rank_then_name_and_leaves_out_the_unusable(install: In
 
 
 def test_auto_opens_the_highest_rank(install: Install) -> None:
-    install("toaster", good(rank=99))
+    install("toaster", good(rank=199))
 
     name, backend = open_backend()
 
@@ -146,7 +146,7 @@ def test_auto_opens_the_highest_rank(install: Install) -> None:
 def test_auto_goes_on_when_opening_fails_and_says_so(
     install: Install, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install("toaster", good(rank=99).replace("open=Fake", "open=lambda: 1 / 0"))
+    install("toaster", good(rank=199).replace("open=Fake", "open=lambda: 1 / 0"))
 
     name, backend = open_backend("auto")
     backend.close()
@@ -327,7 +327,7 @@ def test_the_table_marks_what_auto_takes_and_gives_reasons(
 def test_the_json_list_has_one_object_a_backend(
     install: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install("toaster", good(rank=99))
+    install("toaster", good(rank=199))
 
     assert command.run(argparse.Namespace(json=True)) == 0
 
