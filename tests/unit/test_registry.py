@@ -56,7 +56,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     return make
 
 
-def good(*, api: int = 1, rank: int = 50, reason: str | None = None) -> str:
+def good(*, api: int = 1, rank: int = 150, reason: str | None = None) -> str:
     return GOOD.format(api=api, rank=rank, reason=reason)
 
 
@@ -124,10 +124,10 @@ def test_of_two_plugins_with_one_name_the_second_is_reported(install: Install) -
 
 
 def test_auto_order_is_by_rank_then_name_and_leaves_out_the_unusable(install: Install) -> None:
-    install("beta", good(rank=60))
-    install("alpha", good(rank=60))
+    install("beta", good(rank=160))
+    install("alpha", good(rank=160))
     install("weak", good(rank=1))
-    install("absent", good(rank=99, reason="not here"))
+    install("absent", good(rank=199, reason="not here"))
 
     order = [listing.name for listing in auto_order(backends())]
 
@@ -135,7 +135,7 @@ def test_auto_order_is_by_rank_then_name_and_leaves_out_the_unusable(install: In
 
 
 def test_auto_opens_the_highest_rank(install: Install) -> None:
-    install("toaster", good(rank=99))
+    install("toaster", good(rank=199))
 
     name, backend = open_backend()
 
@@ -146,7 +146,7 @@ def test_auto_opens_the_highest_rank(install: Install) -> None:
 def test_auto_goes_on_when_opening_fails_and_says_so(
     install: Install, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install("toaster", good(rank=99).replace("open=Fake", "open=lambda: 1 / 0"))
+    install("toaster", good(rank=199).replace("open=Fake", "open=lambda: 1 / 0"))
 
     name, backend = open_backend("auto")
     backend.close()
@@ -165,7 +165,7 @@ def test_a_backend_that_lacks_a_verb_is_refused(install: Install) -> None:
 def test_an_unknown_name_is_refused_with_the_installed_ones(install: Install) -> None:
     install("toaster", good())
 
-    with pytest.raises(BackendUnavailable, match=r"'kettle' is not installed; .*cpu, toaster"):
+    with pytest.raises(BackendUnavailable, match=r"'kettle' is not installed; .*cpu, .*toaster"):
         open_backend("kettle")
 
 
@@ -231,6 +231,65 @@ def test_a_backend_that_does_not_describe_itself_is_asked_when_it_is_open(
     assert describe_backend("toaster") is None
 
 
+NUMBERED = (
+    "open=Fake, open_index=lambda index: (Fake, Second)[index](), "
+    "describe_index=lambda index: Capabilities(name=f'toaster {index}', memory_bytes=7, "
+    "unified=False, dtypes=('float32',), dtype_reason='so', page_tokens=16)"
+)
+
+
+def numbered() -> str:
+    """A backend with two devices."""
+    source = good().replace("import BackendPlugin", "import BackendPlugin, Capabilities")
+    return source.replace("PLUGIN =", "class Second(Fake): ...\n\nPLUGIN =").replace(
+        "open=Fake", NUMBERED
+    )
+
+
+def test_a_number_behind_the_name_opens_that_device(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("toaster", numbered())
+
+    opened = [open_backend(name) for name in ("toaster", "toaster:0", "toaster:1")]
+    described = describe_backend("toaster:1")
+    monkeypatch.setenv("FLEXPORT_BACKEND", "toaster:1")
+    by_environment = open_backend("auto")
+
+    assert [name for name, _ in opened] == ["toaster", "toaster:0", "toaster:1"]
+    assert [type(backend).__name__ for _, backend in opened] == ["Fake", "Fake", "Second"]
+    assert described is not None
+    assert described.name == "toaster 1"
+    assert type(by_environment[1]).__name__ == "Second"
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("cpu:0", "asks for device 0, and this backend has only one; write cpu without a number"),
+        ("toaster:2", "did not open: IndexError"),
+        ("toaster:", "has '' where the number of a device belongs; write e.g. toaster:0"),
+        ("toaster:-1", "has '-1' where"),
+        ("toaster:1:1", "has '1:1' where"),
+        ("auto:1", "'auto:1' is not installed; installed: cpu"),
+        ("kettle:1", "'kettle:1' is not installed"),
+    ],
+)
+def test_a_number_that_means_no_device_is_refused(
+    name: str, complaint: str, install: Install
+) -> None:
+    install("toaster", numbered())
+
+    with pytest.raises(BackendUnavailable, match=complaint):
+        open_backend(name)
+
+
+def test_a_backend_of_one_device_describes_none_by_number(install: Install) -> None:
+    install("toaster", good())
+
+    assert describe_backend("toaster:0") is None
+
+
 def test_a_given_name_wins_over_the_environment(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +327,7 @@ def test_the_table_marks_what_auto_takes_and_gives_reasons(
 def test_the_json_list_has_one_object_a_backend(
     install: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install("toaster", good(rank=99))
+    install("toaster", good(rank=199))
 
     assert command.run(argparse.Namespace(json=True)) == 0
 
