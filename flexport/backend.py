@@ -175,6 +175,11 @@ class BackendPlugin:
     """None if usable here, else the reason why not. Must not import torch, and be quick."""
     open: Callable[[], Backend]
     """Opens the device. May import what it likes."""
-    describe: Callable[[], Capabilities] | None = None
+    describe: Callable[[], Capabilities | None] | None = None
     """What the open device will say of itself, as far as that can be known without torch, in
     some milliseconds: a run that can't fit is then refused at once. Called only if usable."""
+    open_index: Callable[[int], Backend] | None = None
+    """Opens the device of that number, counted from 0, as `--backend NAME:1` asks for; `open`
+    takes the one that the plug-in thinks best. None: there is never more than one."""
+    describe_index: Callable[[int], Capabilities | None] | None = None
+    """As `describe`, of the device of that number."""

@@ -76,14 +76,15 @@ def auto_order(listings: Iterable[Listing]) -> list[Listing]:
 def open_backend(name: str = "auto") -> tuple[str, Backend]:
     """Open the backend called `name`; "auto" is the usable one of the highest rank that opens.
 
-    Returns its name and the open backend, which the caller closes. For "auto", the environment
+    "NAME:1" is the second device of the backend NAME. Returns its name and the open backend, which the caller closes. For "auto", the environment
     variable FLEXPORT_BACKEND, if set, says the name instead. Raises BackendUnavailable with the
     reason of every backend that was considered.
     """
     listings = backends()
     name, asked = _asked(name)
     if name != "auto":
-        return name, _open(_named(name, asked, listings), asked, listings)
+        listing, index = _named(name, asked, listings)
+        return name, _open(listing, asked, listings, index)
 
     failures: dict[str, str] = {}
     for listing in auto_order(listings):
@@ -103,14 +104,21 @@ def describe_backend(name: str = "auto") -> Capabilities | None:
     """
     name, asked = _asked(name)
     listings = backends()
-    listed = auto_order(listings) if name == "auto" else [_named(name, asked, listings)]
-    for listing in listed[:1]:
-        if listing.usable and listing.plugin is not None and listing.plugin.describe is not None:
-            try:
-                return listing.plugin.describe()
-            except Exception as error:  # noqa: BLE001 - a stranger's code; opening it is what counts
-                _log.warning("%s could not describe itself: %s", listing.name, _text(error))
-    return None
+    listing: Listing | None
+    if name == "auto":
+        listing, index = next(iter(auto_order(listings)), None), None
+    else:
+        listing, index = _named(name, asked, listings)
+    if listing is None or listing.plugin is None or not listing.usable:
+        return None
+    plugin = listing.plugin
+    try:
+        if index is not None:
+            return None if plugin.describe_index is None else plugin.describe_index(index)
+        return None if plugin.describe is None else plugin.describe()
+    except Exception as error:  # noqa: BLE001 - a stranger's code; opening it is what counts
+        _log.warning("%s could not describe itself: %s", listing.name, _text(error))
+        return None
 
 
 def _asked(name: str) -> tuple[str, str]:
@@ -180,24 +188,41 @@ def _load(entry: EntryPoint) -> tuple[BackendPlugin | None, str | None]:
     return plugin, reason
 
 
-def _named(name: str, asked: str, listings: Sequence[Listing]) -> Listing:
-    """The listing called `name`; of duplicates the one that was loaded."""
+def _named(name: str, asked: str, listings: Sequence[Listing]) -> tuple[Listing, int | None]:
+    """The listing that "NAME" or "NAME:INDEX" means, and the index; of duplicates the loaded one."""
+    name, colon, number = name.partition(":")
     same = [listing for listing in listings if listing.name == name]
     if not same:
         names = ", ".join(sorted({listing.name for listing in listings})) or "none"
         raise BackendUnavailable(f"{asked} is not installed; installed: {names}")
-    return next((listing for listing in same if listing.plugin is not None), same[0])
+    if colon and not (number.isascii() and number.isdigit()):
+        raise BackendUnavailable(
+            f"{asked} has {number!r} where the number of a device belongs; write e.g. {name}:0"
+        )
+    listing = next((listing for listing in same if listing.plugin is not None), same[0])
+    return listing, int(number) if colon else None
 
 
-def _open(listing: Listing, asked: str, listings: Sequence[Listing]) -> Backend:
+def _open(
+    listing: Listing, asked: str, listings: Sequence[Listing], index: int | None = None
+) -> Backend:
     """Open one listing, or raise BackendUnavailable saying why not and what would work."""
     if listing.plugin is None or listing.reason_not_usable is not None:
         usable = ", ".join(other.name for other in auto_order(listings)) or "none"
         raise BackendUnavailable(
             f"{asked} can't be used here: {listing.reason_not_usable}; usable: {usable}"
         )
+    plugin = listing.plugin
+    if index is not None and plugin.open_index is None:
+        raise BackendUnavailable(
+            f"{asked} asks for device {index}, and this backend has only one; "
+            f"write {listing.name} without a number"
+        )
     try:
-        backend = listing.plugin.open()
+        if index is not None and plugin.open_index is not None:
+            backend = plugin.open_index(index)
+        else:
+            backend = plugin.open()
     except Exception as error:
         raise BackendUnavailable(f"{asked} did not open: {_text(error)}") from error
     missing = [member for member in _MEMBERS if not hasattr(backend, member)]

@@ -57,9 +57,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--backend",
-        metavar="auto|NAME",
-        help="the device to run on, as `flexport backends` lists them (default: auto, the best "
-        "usable one)",
+        metavar="auto|NAME|NAME:INDEX",
+        help="the device to run on, as `flexport backends` lists them, NAME:1 for the second one "
+        "of several (default: auto, the best usable one)",
     )
     model.add_argument(
         "--dtype",

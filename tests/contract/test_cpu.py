@@ -30,6 +30,7 @@ class TestCpu(BackendConformance):
 def test_what_it_says_without_torch_is_what_the_open_backend_says() -> None:
     assert PLUGIN.describe is not None
     said = PLUGIN.describe()
+    assert said is not None
     backend = PLUGIN.open()
     found = backend.capabilities
     backend.close()

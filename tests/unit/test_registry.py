@@ -231,6 +231,65 @@ def test_a_backend_that_does_not_describe_itself_is_asked_when_it_is_open(
     assert describe_backend("toaster") is None
 
 
+NUMBERED = (
+    "open=Fake, open_index=lambda index: (Fake, Second)[index](), "
+    "describe_index=lambda index: Capabilities(name=f'toaster {index}', memory_bytes=7, "
+    "unified=False, dtypes=('float32',), dtype_reason='so', page_tokens=16)"
+)
+
+
+def numbered() -> str:
+    """A backend with two devices."""
+    source = good().replace("import BackendPlugin", "import BackendPlugin, Capabilities")
+    return source.replace("PLUGIN =", "class Second(Fake): ...\n\nPLUGIN =").replace(
+        "open=Fake", NUMBERED
+    )
+
+
+def test_a_number_behind_the_name_opens_that_device(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("toaster", numbered())
+
+    opened = [open_backend(name) for name in ("toaster", "toaster:0", "toaster:1")]
+    described = describe_backend("toaster:1")
+    monkeypatch.setenv("FLEXPORT_BACKEND", "toaster:1")
+    by_environment = open_backend("auto")
+
+    assert [name for name, _ in opened] == ["toaster", "toaster:0", "toaster:1"]
+    assert [type(backend).__name__ for _, backend in opened] == ["Fake", "Fake", "Second"]
+    assert described is not None
+    assert described.name == "toaster 1"
+    assert type(by_environment[1]).__name__ == "Second"
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("cpu:0", "asks for device 0, and this backend has only one; write cpu without a number"),
+        ("toaster:2", "did not open: IndexError"),
+        ("toaster:", "has '' where the number of a device belongs; write e.g. toaster:0"),
+        ("toaster:-1", "has '-1' where"),
+        ("toaster:1:1", "has '1:1' where"),
+        ("auto:1", "'auto:1' is not installed; installed: cpu"),
+        ("kettle:1", "'kettle:1' is not installed"),
+    ],
+)
+def test_a_number_that_means_no_device_is_refused(
+    name: str, complaint: str, install: Install
+) -> None:
+    install("toaster", numbered())
+
+    with pytest.raises(BackendUnavailable, match=complaint):
+        open_backend(name)
+
+
+def test_a_backend_of_one_device_describes_none_by_number(install: Install) -> None:
+    install("toaster", good())
+
+    assert describe_backend("toaster:0") is None
+
+
 def test_a_given_name_wins_over_the_environment(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
