@@ -29,7 +29,7 @@ from torch import Tensor
 
 from flexport.backend import AttentionSpec, Capabilities, Ticket
 from flexport.errors import OutOfMemory
-from flexport.torch_ops.attention import attention
+from flexport.torch_ops.attention import attention, forget
 from flexport_mps.copies import Copies, wait_for
 from flexport_mps.linear import MOST_FEATURES_IN, linear
 from flexport_mps.machine import MARGIN_BYTES, choose_dtypes, macos_version, usable_bytes
@@ -144,6 +144,7 @@ class MpsBackend:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                forget()
                 self._wait_for_all()
                 self._runtime.empty_cache()
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from flexport.backend import AttentionSpec
 
-__all__ = ["attention", "check_attention"]
+__all__ = ["Mask", "attention", "check_attention", "forget"]
 
 TILE_BYTES = 32 << 20
 """Float32 scores of a tile. Work memory is about three times that: scores, weights, and what one
@@ -82,6 +82,12 @@ def check_attention(
         raise ValueError(f"{num_heads} query heads can't share {num_kv_heads} key/value heads")
     if spec.starts is not None and len(spec.starts) != num_rows:
         raise ValueError(f"{num_rows} rows, but {len(spec.starts)} starts")
+
+
+def forget() -> None:
+    """Let go of the small tensors that are kept, on all devices; for whoever closes one."""
+    _kept_mask.cache_clear()
+    _on_device.cache_clear()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +185,7 @@ def _shape_scores(scores_nkQIP: Tensor, tile: _Tile, spec: AttentionSpec, in_sco
     device = scores_nkQIP.device
     num_rows, _, group, num_queries, _ = scores_nkQIP.shape
     num_columns = tile.columns.stop - tile.columns.start
-    mask = _Mask(
+    mask = Mask(
         columns=(tile.columns.start, tile.columns.stop),
         queries=(tile.first_query, tile.first_query + num_queries),
         starts=None if spec.starts is None else spec.starts[tile.rows],
@@ -205,7 +211,7 @@ def _shape_scores(scores_nkQIP: Tensor, tile: _Tile, spec: AttentionSpec, in_sco
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Mask:
+class Mask:
     """Which columns which queries must not see; both as first and end in columns of the cache."""
 
     columns: tuple[int, int]
@@ -254,7 +260,7 @@ class _Mask:
 
 
 @lru_cache(maxsize=128)
-def _kept_mask(mask: _Mask, device: torch.device) -> Tensor:
+def _kept_mask(mask: Mask, device: torch.device) -> Tensor:
     """A mask that the next layers will ask for, too."""
     # A tensor born in inference mode is of no use to a graph outside it.
     with torch.inference_mode(False):

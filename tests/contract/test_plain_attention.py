@@ -259,6 +259,5 @@ def test_on_a_device_of_its_own_only_starts_and_slopes_go_up_and_nothing_comes_b
             assert backend.num_reads == 0
         assert uploads == [2, 0, 1, 0, 0, 0, 1, 0]
     finally:
-        plain._kept_mask.cache_clear()
-        plain._on_device.cache_clear()
+        plain.forget()
         backend.close()

@@ -13,6 +13,18 @@ from typing import Any
 
 import pytest
 from flexport_emulated.backend import EmulatedBackend
+from tier_mixes import (
+    AMPLE,
+    BLOCKS,
+    LENGTHS,
+    MIXES,
+    any_mix,
+    block_of,
+    expected_of,
+    options,
+    prompts_of,
+    reference_of,
+)
 from torch.utils import backend_registration
 
 import flexport
@@ -22,55 +34,6 @@ pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices written in Python",
 )
-
-AMPLE: dict[str, Any] = {"device_memory": "1GiB", "host_memory": "1GiB", "disk_memory": "1GiB"}
-
-ROWS = [0, 3, 9, 1, 6, 4, 8, 2]
-LENGTHS = [14, 3, 9, 14, 1, 7, 14, 2]
-"""Rows end at different steps, so that caches shrink and batches end early."""
-
-BLOCKS: list[dict[str, int]] = [
-    {"batch_size": 3, "num_batches": 2},
-    {"batch_size": 5, "num_batches": 1, "sweep_tokens": 20},
-    {"batch_size": 2, "num_batches": 4, "prefill_tokens": 8},
-    {"batch_size": 4, "num_batches": 2, "prefill_tokens": 16, "sweep_tokens": 30},
-]
-
-MIXES = [
-    [100, 0, 100, 0, 100, 0],
-    [0, 100, 0, 100, 0, 100],
-    [0, 0, 0, 0, 0, 0],
-    [30, 30, 40, 30, 20, 40],
-    [50, 50, 100, 0, 0, 100],
-    [0, 100, 100, 0, 100, 0],
-    [100, 0, 0, 100, 0, 0],
-    [100, 0, 0, 0, 50, 50],
-    [20, 0, 50, 0, 100, 0],
-    [0, 60, 0, 40, 100, 0],
-    [70, 30, 30, 70, 60, 0],
-    [0, 0, 100, 0, 0, 100],
-]
-
-VARIANTS = ["125m-like", "350m-like", "galactica-like", "untied-like"]
-
-
-def options(found, backend, percent, block, offload_dir):
-    return {
-        "model": found.directory,
-        "backend": backend,
-        "dtype": "float32",
-        "percent": percent,
-        "offload_dir": offload_dir,
-        **block,
-    }
-
-
-def prompts_of(found):
-    return [found.prompts[row] for row in ROWS]
-
-
-def expected_of(found):
-    return [found.continued(row, length) for row, length in zip(ROWS, LENGTHS, strict=True)]
 
 
 def needed(plan):
@@ -82,17 +45,14 @@ def needed(plan):
 
 
 @pytest.mark.parametrize("unified", [False, True], ids=["discrete", "unified"])
-@pytest.mark.parametrize(
-    ("number", "percent"), list(enumerate(MIXES)), ids=["-".join(map(str, mix)) for mix in MIXES]
-)
+@any_mix
 def test_greedy_tokens_are_those_of_transformers_for_any_mix_of_tiers(
     number, percent, unified, reference, continue_greedily, nothing_left
 ):
-    found = reference(VARIANTS[number % 4], "float16" if number % 3 == 2 else "float32")
-    block = BLOCKS[(number + number // 4 + unified) % 4]
+    found = reference_of(number, reference)
 
     with contextlib.closing(EmulatedBackend(unified=unified)) as device:
-        chosen = options(found, device, percent, block, nothing_left)
+        chosen = options(found, device, percent, block_of(number + unified), nothing_left)
         with flexport.LLM(**chosen, **AMPLE) as llm:
             ids = continue_greedily(llm, prompts_of(found), LENGTHS)
         del llm

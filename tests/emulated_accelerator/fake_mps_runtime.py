@@ -19,8 +19,6 @@ from flexport_emulated.device import Device
 from flexport_emulated.device_tensor import DeviceTensor
 from torch import Tensor
 
-from flexport.torch_ops import attention
-
 __all__ = ["FakeRuntime"]
 
 
@@ -59,6 +57,8 @@ class FakeRuntime:
         self.emptied = 0
         self.copies: list[bool] = []
         """Of each copy between host and device, whether it did not block."""
+        self.issuers: set[threading.Thread] = set()
+        """The threads that gave work to the queue."""
         self._recommended_bytes = recommended_bytes
         self._free_bytes = free_bytes
         self._inside = threading.Lock()
@@ -132,14 +132,12 @@ class FakeRuntime:
             return _Mark(self._device)
 
     def close(self) -> None:
-        # What the shared attention keeps of this device is not the next one's of its number.
-        attention._kept_mask.cache_clear()
-        attention._on_device.cache_clear()
         self._device.close()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         assert self._inside.acquire(blocking=False), "two threads at once would end the process"
+        self.issuers.add(threading.current_thread())
         try:
             yield
         finally:
