@@ -49,7 +49,8 @@ class FakeStream:
     def record(self) -> FakeEvent:
         return FakeEvent(self._device, self.lane.mark())
 
-    def wait(self, event: FakeEvent) -> None:
+    def wait(self, event: object) -> None:
+        assert isinstance(event, FakeEvent), event
         if event.reached is not None:
             self.lane.give(lambda: None, after=event.reached)
 
@@ -59,13 +60,14 @@ class FakeStream:
         whole = None if self.lane is not self._device.compute else (src, dst)
 
         def run() -> None:
-            tensors = whole or [ref() for ref in refs]
-            if any(tensor is None for tensor in tensors):
+            there = [ref() for ref in refs] if whole is None else list(whole)
+            tensors = [tensor for tensor in there if tensor is not None]
+            if len(tensors) < 2:
                 written.fill_(1)
                 raise RuntimeError("a copy's tensors were let go before it was done")
-            inner = [t.in_arena if isinstance(t, DeviceTensor) else t for t in tensors]
+            begin, end = (t.in_arena if isinstance(t, DeviceTensor) else t for t in tensors)
             with torch.inference_mode():
-                inner[1].copy_(inner[0])
+                end.copy_(begin)
 
         self.lane.give(run, can_fail=True)
 
