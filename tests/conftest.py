@@ -1,4 +1,4 @@
-"""What every test can count on: no network, one meaning of a device marker, steady properties."""
+"""What every test can count on: no network, the CPU, one meaning of a device marker, steady properties."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 
 # Read when huggingface_hub is first imported; no test may wait for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Where there is a better device than the CPU, too, a test that wants it names it.
+os.environ["FLEXPORT_BACKEND"] = "cpu"
 
 import pytest
 from hypothesis import HealthCheck, settings

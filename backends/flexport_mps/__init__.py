@@ -1,6 +1,6 @@
 """MPS backend for flexport: the GPU of an Apple silicon Mac, through torch and Metal."""
 
-from flexport.backend import Backend, BackendPlugin
+from flexport.backend import Backend, BackendPlugin, Capabilities
 
 __all__ = ["PLUGIN"]
 
@@ -18,4 +18,10 @@ def _open() -> Backend:
     return MpsBackend(TorchRuntime())
 
 
-PLUGIN = BackendPlugin(api=1, rank=100, probe=_probe, open=_open)
+def _describe() -> Capabilities:
+    from flexport_mps.machine import facts
+
+    return facts()
+
+
+PLUGIN = BackendPlugin(api=1, rank=100, probe=_probe, open=_open, describe=_describe)

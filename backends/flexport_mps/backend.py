@@ -22,6 +22,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -32,16 +33,10 @@ from flexport.errors import OutOfMemory
 from flexport.torch_ops.attention import attention, forget
 from flexport_mps.copies import Copies, wait_for
 from flexport_mps.linear import MOST_FEATURES_IN, linear
-from flexport_mps.machine import MARGIN_BYTES, choose_dtypes, macos_version, usable_bytes
+from flexport_mps.machine import MARGIN_BYTES, MEMORY_VARIABLE, facts
 from flexport_mps.runtime import Runtime
 
-__all__ = ["MEMORY_VARIABLE", "MpsBackend"]
-
-MEMORY_VARIABLE = "FLEXPORT_MPS_MEMORY"
-"""Bytes, or e.g. 8GiB: a run uses no more by itself, and device tensors can't take more."""
-
-PAGE_TOKENS = 256
-"""Wide pages: each is two kernel launches in every layer."""
+__all__ = ["MpsBackend"]
 
 MOST_CACHED_BYTES = 256 << 20
 """Freed device memory that torch may keep while host memory is allocated: it is the same memory."""
@@ -59,21 +54,13 @@ class MpsBackend:
         self._lock = threading.RLock()
         self._copies = Copies(runtime)
         self._closed = False
-        asked = os.environ.get(MEMORY_VARIABLE, "").strip()
         recommended_bytes = runtime.recommended_bytes()
-        memory_bytes = usable_bytes(recommended_bytes, runtime.free_bytes(), asked)
-        runtime.set_cap(
-            min(recommended_bytes, memory_bytes + MARGIN_BYTES) if asked else recommended_bytes
-        )
-        dtypes, reason = choose_dtypes(macos_version())
-        self._capabilities = Capabilities(
-            name=f"mps ({runtime.name})",
-            memory_bytes=memory_bytes,
-            unified=True,
-            dtypes=dtypes,
-            dtype_reason=reason,
-            page_tokens=PAGE_TOKENS,
-        )
+        found = facts(recommended_bytes, runtime.free_bytes())
+        self._capabilities = replace(found, name=f"mps ({runtime.name})")
+        # What is free may grow; what the user has said, or Metal recommends, does not.
+        is_lowered = bool(os.environ.get(MEMORY_VARIABLE, "").strip())
+        cap_bytes = found.memory_bytes + MARGIN_BYTES if is_lowered else recommended_bytes
+        runtime.set_cap(min(recommended_bytes, cap_bytes))
 
     @property
     def capabilities(self) -> Capabilities:

@@ -5,11 +5,31 @@ Versions are tuples of numbers, e.g. (14, 5) for macOS 14.5.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from importlib import metadata
 
-__all__ = ["MARGIN_BYTES", "choose_dtypes", "macos_version", "reason_not_usable", "usable_bytes"]
+import psutil
+
+from flexport.backend import Capabilities
+
+__all__ = [
+    "MARGIN_BYTES",
+    "MEMORY_VARIABLE",
+    "choose_dtypes",
+    "facts",
+    "free_bytes",
+    "macos_version",
+    "reason_not_usable",
+    "usable_bytes",
+]
+
+MEMORY_VARIABLE = "FLEXPORT_MPS_MEMORY"
+"""Bytes, or e.g. 8GiB: a run uses no more by itself, and device tensors can't take more."""
+
+PAGE_TOKENS = 256
+"""Wide pages: each is two kernel launches in every layer."""
 
 OLDEST_TORCH = (2, 6)
 """flexport's own; `torch.mps` has had all that is used here since 2.5."""
@@ -48,6 +68,32 @@ def reason_not_usable() -> str | None:
     if macos < needed:
         return f"torch {torch_text} needs macOS {_text(needed)} or newer; this is {_text(macos)}"
     return None
+
+
+def facts(recommended_bytes: int | None = None, available_bytes: int | None = None) -> Capabilities:
+    """This GPU, as far as it is known.
+
+    What Metal recommends as the most (None: no less than it can be) and what is free are found
+    out if they are not given. Raises ValueError for a FLEXPORT_MPS_MEMORY that is no size.
+    """
+    if recommended_bytes is None:
+        recommended_bytes = int(psutil.virtual_memory().total)
+    available_bytes = free_bytes() if available_bytes is None else available_bytes
+    asked = os.environ.get(MEMORY_VARIABLE, "").strip()
+    dtypes, reason = choose_dtypes(macos_version())
+    return Capabilities(
+        name="mps",
+        memory_bytes=usable_bytes(recommended_bytes, available_bytes, asked),
+        unified=True,
+        dtypes=dtypes,
+        dtype_reason=reason,
+        page_tokens=PAGE_TOKENS,
+    )
+
+
+def free_bytes() -> int:
+    """What macOS could give without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def macos_version() -> tuple[int, ...]:

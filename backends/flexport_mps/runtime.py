@@ -9,9 +9,10 @@ import platform
 from collections.abc import Sequence
 from typing import Protocol
 
-import psutil
 import torch
 from torch import Tensor
+
+from flexport_mps.machine import free_bytes
 
 __all__ = ["Event", "Runtime", "TorchRuntime"]
 
@@ -90,7 +91,7 @@ class TorchRuntime:
 
     def free_bytes(self) -> int:
         """What macOS could give without swapping."""
-        return int(psutil.virtual_memory().available)
+        return free_bytes()
 
     def set_cap(self, num_bytes: int) -> None:
         """For the whole process, as far as torch goes in steps of its heaps."""

@@ -8,15 +8,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from fake_mps_runtime import FakeRuntime
 from flexport_mps import PLUGIN, linear
-from flexport_mps.backend import MEMORY_VARIABLE, MpsBackend
-from flexport_mps.machine import MARGIN_BYTES, choose_dtypes, reason_not_usable, usable_bytes
+from flexport_mps.backend import MpsBackend
+from flexport_mps.machine import (
+    MARGIN_BYTES,
+    MEMORY_VARIABLE,
+    choose_dtypes,
+    reason_not_usable,
+    usable_bytes,
+)
 from flexport_mps.runtime import TorchRuntime
 from torch import Tensor
 from torch.utils import backend_registration
@@ -326,6 +334,17 @@ def test_it_is_one_pool_that_the_host_does_not_address(backend) -> None:
     assert "fake" in facts.name
 
 
+@needs_python_devices
+def test_what_it_says_without_torch_is_what_the_open_backend_says(backend) -> None:
+    assert PLUGIN.describe is not None
+    said, found = PLUGIN.describe(), backend.capabilities
+    total_bytes = psutil.virtual_memory().total
+
+    assert said is not None
+    assert replace(said, name=found.name, memory_bytes=0) == replace(found, memory_bytes=0)
+    assert said.memory_bytes <= usable_bytes(total_bytes, total_bytes, "")
+
+
 @pytest.mark.parametrize(
     ("macos", "dtypes"),
     [
@@ -387,9 +406,12 @@ def test_the_probe_says_what_is_missing(machine, torch_version, reason, monkeypa
     assert reason is None or (found is not None and reason in found)
 
 
-def test_the_probe_imports_no_torch() -> None:
+def test_neither_the_probe_nor_what_it_says_imports_torch() -> None:
     script = (
-        "import sys, flexport_mps; flexport_mps.PLUGIN.probe(); sys.exit('torch' in sys.modules)"
+        "import sys\n"
+        "from flexport_mps import PLUGIN\n"
+        "PLUGIN.probe(), PLUGIN.describe()\n"
+        "sys.exit('torch' in sys.modules)"
     )
 
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
