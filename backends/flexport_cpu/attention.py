@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from flexport.backend import AttentionSpec
+from flexport.torch_ops.attention import check_attention
 from flexport_cpu.page_products import add_weighted_sum, scores
 from flexport_cpu.scratch import scratch
 
@@ -55,7 +56,7 @@ def attention(
     The result is stored token by token, so that `.transpose(1, 2).reshape(N, L, H * E)` is free.
     """
     num_rows, num_heads, num_queries, head_dim = q_NHLE.shape
-    _check(q_NHLE, keys_NKGE, values_NKGE, spec)
+    check_attention(q_NHLE, keys_NKGE, values_NKGE, spec)
     num_kv_heads = keys_NKGE[0].shape[1]
     out_NHLE = q_NHLE.new_empty(num_rows, num_queries, num_heads, head_dim).transpose(1, 2)
     split = (num_kv_heads, num_heads // num_kv_heads)
@@ -304,21 +305,3 @@ def _shape_scores(
 
 def _is_power_of_two(value: float) -> bool:
     return value > 0 and math.frexp(value)[0] == 0.5
-
-
-def _check(
-    q_NHLE: Tensor, keys_NKGE: Sequence[Tensor], values_NKGE: Sequence[Tensor], spec: AttentionSpec
-) -> None:
-    """Refuse what would silently compute something else."""
-    num_rows, num_heads, num_queries, _ = q_NHLE.shape
-    if not len(keys_NKGE) == len(values_NKGE) > 0:
-        raise ValueError(f"{len(keys_NKGE)} pages of keys, {len(values_NKGE)} of values")
-    held, num_kv_heads = sum(page.shape[2] for page in keys_NKGE), keys_NKGE[0].shape[1]
-    if not num_queries <= spec.length <= held:
-        raise ValueError(
-            f"{num_queries} queries a row and pages of {held} columns, but length {spec.length}"
-        )
-    if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads can't share {num_kv_heads} key/value heads")
-    if spec.starts is not None and len(spec.starts) != num_rows:
-        raise ValueError(f"{num_rows} rows, but {len(spec.starts)} starts")

@@ -204,11 +204,14 @@ class _TorchStream:
         self._stream.wait_event(event)
 
     def copy(self, src: Tensor, dst: Tensor) -> None:
-        """A copy in this stream.
+        """A copy in this stream; where a side is strided the host waits for it.
 
-        To or from pageable memory, or where host memory is strided, torch copies in steps, and
-        the host waits for some of them (aten/src/ATen/native/cuda/Copy.cu); the result is the same.
+        torch copies strided tensors by way of contiguous ones, in pageable host memory, which end
+        with the call (aten/src/ATen/native/cuda/Copy.cu); a copy that does not block may still be
+        under way then ("might be synchronous" is all that CUDA's "API synchronization behavior"
+        promises). Contiguous tensors are the caller's, who keeps them.
         """
+        non_blocking = src.is_contiguous() and dst.is_contiguous()
         # A tensor made in inference mode can be written to only in it.
         with torch.cuda.stream(self._stream), torch.inference_mode():
-            dst.copy_(src, non_blocking=True)
+            dst.copy_(src, non_blocking=non_blocking)

@@ -73,14 +73,22 @@ class TorchRuntime:
     """torch.mps."""
 
     def __init__(self) -> None:
-        """Raises RuntimeError if torch finds no GPU."""
+        """Raises RuntimeError if torch finds no GPU, or one that gives it no memory."""
         if not torch.backends.mps.is_available():
             built = "" if torch.backends.mps.is_built() else ", and was built without MPS"
             raise RuntimeError(
-                f"torch {torch.__version__} finds no Metal GPU{built}; virtual machines, some "
-                "sandboxes and processes without a session have none"
+                f"torch {torch.__version__} finds no Metal GPU{built}; some sandboxes and "
+                "processes without a session have none"
             )
         self.device = torch.device("mps")
+        try:
+            self.empty((1,), torch.uint8)
+        except RuntimeError as error:
+            # Virtual machines show a GPU and have none (actions/runner-images#9918).
+            raise RuntimeError(
+                "the Metal GPU gives torch no memory at all, as in a virtual machine, where Apple "
+                f"does not support it: {error}"
+            ) from error
         # Newer than the oldest torch that we work with.
         get_name = getattr(torch.backends.mps, "get_name", None)
         self.name: str = get_name() if get_name else platform.machine()

@@ -1,8 +1,9 @@
 """flexport beside its peers on the same weights, prompts and machine: `python -m flexport.bench.versus`.
 
-Two cases. In memory: all weights fit, and the question is how well the cores are used. Capped:
+Three cases. In memory: all weights fit, and the question is how well the cores are used. Capped:
 every contestant runs under the same real memory cap, which the weights exceed, and the question
-is how well the disk and the cores are used together. First the machine's ceilings are measured,
+is how well the disk and the cores are used together. Card, for a device with memory of its own:
+the weights exceed that memory, and the question is how well its link is used. First the machine's ceilings are measured,
 so that a speed has something to be judged by besides other programs.
 
 stdout gets one JSON line for each contestant and batch size and a last one with the ratios;
@@ -30,11 +31,15 @@ from flexport.bench.checkpoint import WEIGHTS_NAME, shared_checkpoint
 from flexport.bench.peers import PEERS, Peer
 from flexport.errors import FlexportError, UsageError
 from flexport.models import known_config, spec_of
+from flexport.registry import open_backend
 from flexport.units import format_bytes, parse_bytes
 
 __all__ = ["main"]
 
-CASES = ("memory", "capped")
+CASES = ("memory", "capped", "card")
+
+_DEFAULT_CASES = CASES[:2]
+"""What every machine can run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if "card" in args.case:
+        _refuse_shared_memory(args.backend)
     checkpoint = shared_checkpoint(args.model, args.dtype, args.dir, _say)
     config = known_config(args.model)
     assert config is not None, args.model
@@ -81,11 +88,23 @@ def _run(args: argparse.Namespace) -> list[dict[str, Any]]:
         for case in args.case:
             lines.append(_emit(_flexport(setting, case)))
             for peer in PEERS:
-                if peer.capped == (case == "capped") and not args.no_peers:
+                if peer.case == case and not args.no_peers:
                     for line in _peer(setting, case, peer):
                         lines.append(_emit(line))
     _emit({"contestant": "summary", **_summary(lines)})
     return lines
+
+
+def _refuse_shared_memory(backend: str) -> None:
+    """Before gigabytes are written for nothing. Raises UsageError."""
+    _, opened = open_backend(backend)
+    shared = opened.capabilities.unified
+    opened.close()
+    if shared:
+        raise UsageError(
+            f"--case card compares on a device with memory of its own, and {backend!r} uses the "
+            "host's; name another with --backend (`flexport backends` lists them)"
+        )
 
 
 # ---- contestants
@@ -93,8 +112,15 @@ def _run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _flexport(setting: _Setting, case: str) -> dict[str, Any]:
     args = setting.args
-    capped = case == "capped"
-    more = args.capped_options if capped else args.memory_options
+    num_prompts, repeats, more = {
+        "memory": (args.num_prompts, args.repeats, shlex.split(args.memory_options)),
+        "capped": (args.capped_prompts, args.capped_repeats, shlex.split(args.capped_options)),
+        "card": (
+            args.card_prompts,
+            args.card_repeats,
+            ["--device-memory", str(args.card_memory), *shlex.split(args.card_options)],
+        ),
+    }[case]
     command = [
         sys.executable, "-m", "flexport", "bench", "--json",
         "--model", str(setting.checkpoint),
@@ -102,19 +128,18 @@ def _flexport(setting: _Setting, case: str) -> dict[str, Any]:
         "--dtype", args.dtype,
         "--prompt-len", str(args.prompt_len),
         "--gen-len", str(args.gen_len),
-        "--num-prompts", str(args.capped_prompts if capped else args.num_prompts),
-        "--repeats", str(args.capped_repeats if capped else args.repeats),
+        "--num-prompts", str(num_prompts),
+        "--repeats", str(repeats),
         "--seed", str(args.seed),
         "--ceilings", str(setting.ceilings_file),
         "--offload-dir", str(args.dir),
-        *shlex.split(more),
+        *more,
     ]  # fmt: skip
     line = {"contestant": "flexport", "case": case, **_measured(setting, case, command)}
     if line["ok"] and line["cage"]["anonymous_peak_bytes"]:
         # The constant that a run takes beyond what it counts: the interpreter and its libraries.
-        line["beyond_budget_bytes"] = (
-            line["cage"]["anonymous_peak_bytes"] - line["peak_bytes"]["device"]
-        )
+        counted = line["peak_bytes"]["host" if case == "card" else "device"]
+        line["beyond_budget_bytes"] = line["cage"]["anonymous_peak_bytes"] - counted
     return line
 
 
@@ -136,7 +161,8 @@ def _peer(setting: _Setting, case: str, peer: Peer) -> list[dict[str, Any]]:
             "--prompt-len", str(args.prompt_len),
             "--gen-len", str(args.gen_len),
             "--seed", str(args.seed),
-            *([] if peer.capped else ["--warm-up"]),
+            *([] if case == "capped" else ["--warm-up"]),
+            *(["--device-memory", str(args.card_memory)] if case == "card" else []),
         ]  # fmt: skip
         own = {**head, "batch_size": batch_size}
         lines.append({**own, **_measured(setting, case, command)})
@@ -247,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="facebook/opt-1.3b", help="whose shapes the random weights have")
     add("--backend", default="cpu", help="what flexport runs on")
     add("--dtype", default="bfloat16", help="of the weights, and computed in")
-    add("--case", nargs="+", choices=CASES, default=CASES, help="what is compared")
+    add("--case", nargs="+", choices=CASES, default=_DEFAULT_CASES, help="what is compared")
     add("--memory-cap", type=parse_bytes, default="1.5GB", help="of the capped case")
     add("--prompt-len", type=int, default=128, help="tokens of each prompt")
     add("--gen-len", type=int, default=32, help="tokens generated for each prompt")
@@ -258,6 +284,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--capped-repeats", type=int, default=1, help="flexport's runs under the cap")
     add("--memory-options", default="", help="more options of flexport bench, in memory")
     add("--capped-options", default="", help="more options of flexport bench, under the cap")
+    add("--card-memory", type=parse_bytes, default="16GiB", help="of the card in its case")
+    add("--card-prompts", type=int, default=128, help="flexport's prompts on the card")
+    add("--card-repeats", type=int, default=1, help="flexport's runs on the card")
+    add("--card-options", default="", help="more options of flexport bench, on the card")
     add("--no-peers", action="store_true", help="run flexport alone")
     add("--peer-batches", type=int, default=1, help="batches of each peer run")
     add(

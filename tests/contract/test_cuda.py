@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from fake_card import FakeCard
 from flexport_cuda import PLUGIN, kernels, pinned
 from flexport_cuda.backend import CudaBackend
 from flexport_cuda.kernels import choose
-from flexport_cuda.runtime import TorchRuntime
+from flexport_cuda.runtime import TorchRuntime, _TorchStream
 from flexport_emulated.device_tensor import DeviceTensor
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexport.backend import AttentionSpec, Backend
 from flexport.errors import BackendUnavailable, OutOfMemory
@@ -40,8 +42,10 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def card() -> FakeCard:
-    return FakeCard()
+def card() -> Iterator[FakeCard]:
+    card = FakeCard()
+    yield card
+    card.close()
 
 
 @pytest.fixture
@@ -223,7 +227,7 @@ def test_a_tensor_of_another_device_is_refused(backend: CudaBackend) -> None:
         backend.copy_async(torch.empty(3, device="meta"), torch.empty(3))
 
 
-def test_memory_of_finished_copies_is_found_before_an_allocation_fails(card: FakeCard) -> None:
+def test_memory_of_finished_copies_is_found_before_an_allocation_fails() -> None:
     card = FakeCard(memory_bytes=1 << 20)
     backend = CudaBackend(card)
     source = backend.allocate((700 << 10,), torch.uint8, "host")
@@ -438,6 +442,31 @@ def test_a_number_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     with pytest.raises(BackendUnavailable, match="there is no cuda:2; there are: cuda:0, cuda:1"):
         TorchRuntime(2)
+
+
+@pytest.mark.parametrize("strided", ["neither", "source", "destination"])
+def test_torch_may_go_on_before_a_copy_is_done_only_if_no_temporary_ends_meanwhile(
+    strided: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    src, dst = (
+        torch.ones(4, 8)[:, :4] if strided == name else torch.ones(4, 4)
+        for name in ("source", "destination")
+    )
+    waits: list[bool] = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.copy_.default:
+                waits.append(not (len(args) > 2 and args[2]))
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        _TorchStream(cast(Any, None)).copy(src, dst)
+
+    assert waits == [strided != "neither"]
 
 
 @pytest.mark.cuda

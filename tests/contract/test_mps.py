@@ -56,10 +56,21 @@ def test_where_there_is_such_a_gpu_it_is_usable() -> None:
     assert PLUGIN.probe() is None
 
 
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has such a GPU")
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine shows such a GPU")
 def test_where_torch_finds_no_gpu_it_says_so() -> None:
     with pytest.raises(RuntimeError, match="finds no Metal GPU"):
         PLUGIN.open()
+
+
+def test_a_virtual_macs_gpu_which_gives_no_memory_is_refused(monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 0 bytes)")
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", fail)
+
+    with pytest.raises(RuntimeError, match=r"virtual machine.*allocated: 0 bytes"):
+        TorchRuntime()
 
 
 @pytest.mark.parametrize(
@@ -70,6 +81,7 @@ def test_a_cap_is_a_share_of_what_metal_recommends_and_never_none(
 ) -> None:
     shares: list[float] = []
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 8 * GIB)
     monkeypatch.setattr(torch.mps, "set_per_process_memory_fraction", shares.append)
     monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2", raising=False)

@@ -158,6 +158,8 @@ class FakeCard:
         del self.pinned[address]
 
     def close(self) -> None:
+        if self.is_closed:
+            return
         self.is_closed = True
         for stream in self.streams:
             stream.lane.close()

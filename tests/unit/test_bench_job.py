@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from flexport.bench import job
+from flexport.bench import job, versus
 from flexport.bench.checkpoint import shared_checkpoint
 from flexport.bench.peers import PEERS, Peer
 from flexport.bench.versus import _summary, _table
@@ -193,3 +193,39 @@ def test_a_peer_that_is_missing_is_said_so_and_stops_nothing():
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
 def test_every_peer_is_a_script_that_can_be_found(peer: Peer):
     assert importlib.util.find_spec(peer.module) is not None
+
+
+def test_the_case_of_a_card_is_refused_before_anything_is_written(tmp_path, capsys):
+    for backend, complaint in (("cpu", "'cpu' uses the host's"), ("toaster", "not installed")):
+        argv = ["--dir", str(tmp_path), "--case", "card", "--backend", backend]
+
+        assert versus.main([*argv, "--model", "facebook/opt-125m"]) == 2
+
+        assert complaint in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_in_the_case_of_a_card_all_get_the_same_memory(tmp_path, monkeypatch):
+    commands: list[list[str]] = []
+
+    def measured(setting, case, command):
+        commands.append(list(command))
+        return {"ok": False, "error": "not run", "cap_bytes": setting.cap_bytes(case)}
+
+    monkeypatch.setattr(versus, "_measured", measured)
+    argv = ["--dir", str(tmp_path), "--case", "card", "--card-memory", "2GiB"]
+    setting = versus._Setting(
+        args=versus._parser().parse_args(argv),
+        checkpoint=tmp_path,
+        ceilings_file=tmp_path / "ceilings.json",
+    )
+
+    lines = [versus._flexport(setting, "card")]
+    for peer in PEERS:
+        if peer.case == "card":
+            lines += versus._peer(setting, "card", peer)
+
+    assert len(commands) == 4
+    for command in commands:
+        assert command[command.index("--device-memory") + 1] == str(2 << 30)
+    assert {line["cap_bytes"] for line in lines} == {None}

@@ -1,7 +1,7 @@
 """Other programs on the same work, each a small script that runs in a process of its own.
 
     python -m flexport.bench.peers.NAME --model DIR --batch-size N --num-prompts N
-        --prompt-len N --gen-len N --seed N --scratch DIR
+        --prompt-len N --gen-len N --seed N --scratch DIR [--device-memory BYTES]
 
 prints one JSON line. A script knows its peer's library and nothing of flexport's engine.
 """
@@ -23,8 +23,8 @@ class Peer:
     """Top-level packages that it imports; without one of them the peer is reported as missing."""
     batch_sizes: tuple[int, ...]
     """Each is tried; the best counts."""
-    capped: bool
-    """Whether it is a peer for a model larger than memory, and runs under the cap."""
+    case: str
+    """Which case of `flexport.bench.versus` it is a peer in."""
 
 
 PEERS = (
@@ -33,20 +33,27 @@ PEERS = (
         module="flexport.bench.peers.in_memory",
         packages=("transformers",),
         batch_sizes=(8, 16, 32, 64),
-        capped=False,
+        case="memory",
     ),
     Peer(
         name="transformers, memory-mapped",
         module="flexport.bench.peers.memory_mapped",
         packages=("transformers", "safetensors"),
         batch_sizes=(4, 8, 16),
-        capped=True,
+        case="capped",
     ),
     Peer(
         name="accelerate, offloaded to disk",
         module="flexport.bench.peers.disk_offload",
         packages=("transformers", "accelerate"),
         batch_sizes=(4,),
-        capped=True,
+        case="capped",
+    ),
+    Peer(
+        name="accelerate, placed by itself",
+        module="flexport.bench.peers.auto_placed",
+        packages=("transformers", "accelerate"),
+        batch_sizes=(4, 16, 32),
+        case="card",
     ),
 )

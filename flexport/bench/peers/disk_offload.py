@@ -11,7 +11,7 @@ from flexport.bench.peers.generate import peer_main
 __all__ = ["load"]
 
 
-def load(model: Path, scratch: Path) -> Any:
+def load(model: Path, scratch: Path, _: int | None) -> Any:
     """The model with its embedding and head in memory, and its layers on disk."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

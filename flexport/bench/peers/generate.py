@@ -18,8 +18,8 @@ from flexport.bench.workload import Workload
 
 __all__ = ["peer_main"]
 
-Load = Callable[[Path, Path], Any]
-"""load(model directory, scratch directory) -> a transformers model."""
+Load = Callable[[Path, Path, int | None], Any]
+"""load(model directory, scratch directory, bytes of device memory) -> a transformers model."""
 
 
 def peer_main(load: Load) -> int:
@@ -32,7 +32,7 @@ def peer_main(load: Load) -> int:
         seed=args.seed,
     )
     started_s = time.perf_counter()
-    model = load(Path(args.model), Path(args.scratch))
+    model = load(Path(args.model), Path(args.scratch), args.device_memory)
     model.eval()
     # Random weights may make the end-of-text token likely; no row may end early.
     model.generation_config.eos_token_id = None
@@ -60,7 +60,9 @@ def _generate(model: Any, prompts: list[list[int]], num_new: int) -> float:
     """Seconds of continuing all prompts by num_new tokens."""
     import torch
 
-    ids_NL = torch.tensor(prompts)
+    # Weights that are offloaded are on "meta" until it is their turn.
+    device = model.device if model.device.type != "meta" else torch.device("cpu")
+    ids_NL = torch.tensor(prompts, device=device)
     started_s = time.perf_counter()
     with torch.inference_mode():
         out_NM = model.generate(
@@ -69,7 +71,7 @@ def _generate(model: Any, prompts: list[list[int]], num_new: int) -> float:
             do_sample=False,
             min_new_tokens=num_new,
             max_new_tokens=num_new,
-        )
+        ).cpu()  # which waits for the device
     seconds = time.perf_counter() - started_s
     assert out_NM.shape[1] == ids_NL.shape[1] + num_new, (out_NM.shape, num_new)
     return seconds
@@ -91,6 +93,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--scratch", required=True)
+    parser.add_argument("--device-memory", type=int)
     parser.add_argument("--warm-up", action="store_true")
     for name in ("batch-size", "num-prompts", "prompt-len", "gen-len", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)

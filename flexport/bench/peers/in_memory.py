@@ -11,7 +11,7 @@ from flexport.bench.peers.generate import peer_main
 __all__ = ["load"]
 
 
-def load(model: Path, _: Path) -> Any:
+def load(model: Path, _: Path, __: int | None) -> Any:
     """The model, in the checkpoint's own dtype."""
     from transformers import AutoModelForCausalLM
 

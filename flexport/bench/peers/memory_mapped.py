@@ -15,7 +15,7 @@ from flexport.bench.peers.generate import peer_main
 __all__ = ["load"]
 
 
-def load(model: Path, _: Path) -> Any:
+def load(model: Path, _: Path, __: int | None) -> Any:
     """The model on mapped weights."""
     import torch
     from safetensors.torch import load_file
