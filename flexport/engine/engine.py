@@ -21,7 +21,7 @@ from flexport.engine.limits import default_budgets, dtype_for
 from flexport.engine.plan import Plan, model_sizes
 from flexport.engine.source import open_source
 from flexport.engine.trace import Trace
-from flexport.errors import DoesNotFit, UsageError
+from flexport.errors import DoesNotFit, PolicyError, UsageError
 from flexport.planner.auto import Choice, check, choose
 from flexport.planner.footprint import JobSizes, footprint, page_tokens_for
 from flexport.policy import Policy
@@ -249,7 +249,8 @@ class Engine:
         unified, addressable = self._facts.unified, self._facts.addressable
         choice = self._choice
         if self._loaded is not None and self.plan is not None:  # what is loaded stays there
-            choice = replace(choice, weights=self.plan.policy.weights)
+            loaded = self.plan.policy
+            choice = replace(choice, weights=loaded.weights, cpu_projections=loaded.cpu_projections)
         policy = self._policy or choose(
             sizes,
             job,
@@ -259,6 +260,11 @@ class Engine:
             addressable=addressable,
             fixed=choice,
         )
+        if unified and (policy.cpu_attention or policy.cpu_projections):
+            raise PolicyError(
+                f"cpu_attention and cpu_projections are for a device with memory of its own; on "
+                f"{self._facts.name} it is the host's, and everything is computed where it lies"
+            )
         needs = footprint(sizes, job, policy, preferred, unified, addressable)
         check(needs, policy, self.budgets)
         return Plan(

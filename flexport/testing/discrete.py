@@ -266,7 +266,9 @@ class _Copy:
         except Exception as error:  # noqa: BLE001 - whatever it is, the ticket hands it on
             self._error = error
             self._failed.append(error)
+        # Whoever hears that the copy is done may need the room of its tensors at once.
         self._tensors = None
+        del src, dst
         self._done.set()
 
     def join(self) -> None:

@@ -31,6 +31,10 @@ LINKS: tuple[Link, ...] = ("host_to_device", "device_to_host", "within")
 
 PAGE_TOKENS = 16
 
+EXPRESS_BYTES = 64 << 10
+"""Smaller copies have a lane of their own: a few token ids must not queue behind a layer's weights.
+A real device has several queues for a link, and large copies can be cut."""
+
 ENVIRONMENT_PREFIX = "FLEXPORT_EMULATED_"
 
 
@@ -62,6 +66,10 @@ class EmulatedBackend:
         """Errors of copies, which `sync` has to tell."""
         self._lock = threading.Lock()
         self._links = {link: Lane(link, self._fail) for link in LINKS}
+        self._express = {
+            link: Lane(f"{link}, express", self._fail, lane.faults)
+            for link, lane in self._links.items()
+        }
         self._capabilities = Capabilities(
             name="emulated (an accelerator in host memory)",
             memory_bytes=memory_bytes,
@@ -113,13 +121,14 @@ class EmulatedBackend:
 
     def busy_s(self, lane: Link | Literal["compute"]) -> float:
         """Seconds that a lane has worked so far."""
-        return self._lane(lane).busy_s
+        return sum(each.busy_s for each in self._lanes(lane))
 
     @contextmanager
     def held(self, lane: Link | Literal["compute"]) -> Iterator[None]:
         """While it lasts, the lane takes work and begins none of it."""
         gate = threading.Event()
-        self._lane(lane).give(lambda: None, after=gate)
+        for each in self._lanes(lane):
+            each.give(lambda: None, after=gate)
         try:
             yield
         finally:
@@ -156,7 +165,7 @@ class EmulatedBackend:
             return flat.view(dtype).view(tuple(shape))
 
     def copy_async(self, src: Tensor, dst: Tensor) -> Ticket:
-        """Queue the copy in its link's lane, behind all compute issued by now."""
+        """Queue the copy in one of its link's lanes, behind all compute issued by now."""
         self._device.check("copy_async")
         if src.shape != dst.shape or src.dtype != dst.dtype:
             raise ValueError(
@@ -164,11 +173,13 @@ class EmulatedBackend:
                 f"destination {tuple(dst.shape)} {dst.dtype}"
             )
         link = self._link(src, dst)
+        num_bytes = src.numel() * src.element_size()
         cost_s = self._link_latency_s
         if self._link_bytes_per_s is not None:
-            cost_s += src.numel() * src.element_size() / self._link_bytes_per_s
+            cost_s += num_bytes / self._link_bytes_per_s
         copy = _Copy(src, dst, self._device, self._fail)
-        self._links[link].give(
+        lanes = self._express if num_bytes < EXPRESS_BYTES else self._links
+        lanes[link].give(
             copy.run,
             end=copy.end,
             after=self._device.compute.mark(),
@@ -225,7 +236,8 @@ class EmulatedBackend:
     def sync(self) -> None:
         """Block until everything issued so far is done; raise the first error since the last call."""
         self._device.must_be_open("sync")
-        for lane in (self._device.compute, *self._links.values(), self._device.compute):
+        compute = self._device.compute
+        for lane in (compute, *self._links.values(), *self._express.values(), compute):
             lane.drain()
         with self._lock:
             untold = [*self._untold, *self._device.take_errors()]
@@ -235,16 +247,19 @@ class EmulatedBackend:
 
     def close(self) -> None:
         """Finish what was issued and end the lanes; may be called twice."""
-        for lane in self._links.values():
+        lanes = (*self._links.values(), *self._express.values())
+        for lane in lanes:
             lane.drain()
         self._device.close()
-        for lane in self._links.values():
+        for lane in lanes:
             lane.close()
 
     # ---- inside
 
-    def _lane(self, lane: Link | Literal["compute"]) -> Lane:
-        return self._device.compute if lane == "compute" else self._links[lane]
+    def _lanes(self, lane: Link | Literal["compute"]) -> tuple[Lane, ...]:
+        if lane == "compute":
+            return (self._device.compute,)
+        return self._links[lane], self._express[lane]
 
     def _kernel(
         self,
