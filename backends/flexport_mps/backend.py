@@ -2,11 +2,12 @@
 
 Device memory is the Mac's own, but the host can't address it: torch's MPS tensors have no host
 pointer, DLPack gives Metal's handle instead (pytorch#180895), and the only way to one,
-`torch.mps._host_alias_storage`, is private, new in 2.13, and asks for the whole device to be
-synchronised before and after (its docstring). So what is read from disk is copied once more.
+`torch.mps._host_alias_storage`, is private and recent (pytorch#180961), and asks for the whole
+device to be synchronised before and after (its docstring). So what is read from disk is copied
+once more.
 
 Threads: torch encodes work into one command buffer, most of it from a queue of its own, but not
-all: two threads that issue work end the process (pytorch#197805; its fix, #197836, is not merged).
+all: two threads that issue work may end the process (pytorch#197805, #197836).
 All verbs take one lock. What the lock can't cover are torch operations on device tensors outside
 of the verbs; the core has them in the one thread that also starts copies where memory is unified.
 Other threads only join tickets, which touches no queue (see `copies`).
