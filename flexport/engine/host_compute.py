@@ -57,7 +57,7 @@ class HostCompute:
 
     def __init__(self, cpu: Backend, store: Store, watch: Watch | None = None) -> None:
         """`cpu` computes in host memory; buffers for the ways come from the store's host pool."""
-        assert cpu.capabilities.unified, cpu.capabilities
+        assert cpu.capabilities.addressable, cpu.capabilities
         assert not store.unified, "where memory is one there is nothing to spare"
         self.keys_by_feature = cpu.capabilities.keys_by_feature
         self.busy_s = 0.0
