@@ -10,7 +10,7 @@ import torch
 
 from flexport.backend import AttentionSpec, Backend
 from flexport.errors import OutOfMemory
-from flexport.testing.conformance import BackendConformance
+from flexport.testing import BackendConformance
 from flexport.testing.discrete import Call, DiscreteBackend
 
 
@@ -18,6 +18,12 @@ class TestDiscrete(BackendConformance):
     @pytest.fixture(params=[False, True], ids=["threads", "late"])
     def backend(self, request: pytest.FixtureRequest) -> Iterator[Backend]:
         backend = DiscreteBackend(late=request.param)
+        yield backend
+        backend.close()
+
+    @pytest.fixture(params=[False, True], ids=["threads", "late"])
+    def small_backend(self, request: pytest.FixtureRequest) -> Iterator[Backend]:
+        backend = DiscreteBackend(memory_bytes=1 << 20, late=request.param)
         yield backend
         backend.close()
 

@@ -23,7 +23,7 @@ from torch.utils import backend_registration
 from flexport.backend import AttentionSpec, Backend
 from flexport.errors import OutOfMemory
 from flexport.registry import auto_order, backends, open_backend
-from flexport.testing.conformance import BackendConformance
+from flexport.testing import BackendConformance
 
 FOLDER = Path(__file__).parent.parent / "emulated_accelerator"
 
@@ -37,6 +37,12 @@ class TestEmulated(BackendConformance):
     @pytest.fixture
     def backend(self) -> Iterator[Backend]:
         backend = EmulatedBackend()
+        yield backend
+        backend.close()
+
+    @pytest.fixture
+    def small_backend(self) -> Iterator[Backend]:
+        backend = EmulatedBackend(memory_bytes=1 << 20)
         yield backend
         backend.close()
 
