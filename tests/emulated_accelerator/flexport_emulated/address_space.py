@@ -63,6 +63,8 @@ def _register() -> None:
     _library = torch.library.Library("aten", "IMPL")
     _library.impl("empty.memory_format", _empty, "PrivateUse1")
     _library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    _library.impl("arange.start", _arange, "PrivateUse1")
+    _library.impl("arange.start_step", _arange, "PrivateUse1")
     _library.impl("_copy_from", _copy_from, "PrivateUse1")
 
 
@@ -91,6 +93,22 @@ def _empty_strided(
 ) -> Tensor:
     made = _device(device).make(size, stride, dtype or torch.get_default_dtype())
     made.awaits_upload = True
+    return made
+
+
+def _arange(
+    start: float,
+    end: float,
+    step: float = 1,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    **_: Any,
+) -> Tensor:
+    # Torch's own would make an empty tensor first and then change its shape.
+    like = torch.arange(start, end, step, dtype=dtype, device="meta")
+    made = _device(device).make(like.shape, None, like.dtype)
+    made.home.run(torch.ops.aten.arange.start_out, (start, end, step), {"out": made})
     return made
 
 
