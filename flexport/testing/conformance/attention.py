@@ -20,7 +20,7 @@ from flexport.testing.conformance.problems import AttentionCase, AttentionProble
 from flexport.testing.conformance.tensors import dtypes_of, on_host, placed
 from flexport.torch_ops import as_tensor
 
-__all__ = ["AttentionLaws"]
+__all__ = ["ATTENTION_CASES", "AttentionLaws"]
 
 ATTENTION_CASES = {
     "one column": AttentionCase(pages=(8,), length=1),
