@@ -73,15 +73,19 @@ class AllocateLaws:
         assert set(on_host(backend, part).tolist()) == {3.0}
         assert len(others) == 4
 
-    def test_threads_that_allocate_and_drop_get_memory_of_their_own(self, backend: Backend) -> None:
-        def work(seed: int) -> None:
-            for size in range(1, 40):
-                mine = backend.allocate((size * 16,), torch.float32).fill_(seed)
-                host = backend.allocate((size * 16,), torch.float32, "host").fill_(seed)
-                assert set(on_host(backend, mine).tolist()) == {seed}
-                assert set(host.tolist()) == {seed}
+    def test_threads_that_allocate_at_once_get_memory_of_their_own(self, backend: Backend) -> None:
+        mine: list[list[torch.Tensor]] = [[] for _ in range(4)]
 
-        in_threads(work)
+        def work(number: int) -> None:
+            for size in range(1, 40):
+                for where in PLACES:
+                    tensor = backend.allocate((size * 16,), torch.float32, where)
+                    mine[number].append(tensor.fill_(number))
+
+        in_threads(work, count=len(mine))
+
+        for number, tensors in enumerate(mine):
+            assert all(set(on_host(backend, tensor).tolist()) == {number} for tensor in tensors)
 
     @pytest.mark.parametrize("where", PLACES)
     def test_memory_allocated_in_inference_mode_can_be_written_outside_it(

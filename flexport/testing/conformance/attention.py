@@ -359,15 +359,17 @@ class AttentionLaws:
     def test_an_attention_takes_the_cache_as_it_is_when_it_is_issued(
         self, backend: Backend
     ) -> None:
-        """As decoding goes: the new column is written, attended to, and the page used again."""
+        """As decoding goes: a step, the next column is written, a step, the page is used anew."""
         problem = AttentionProblem.draw(ATTENTION_CASES["three pages"])
         q_NHLE, keys, values, spec = problem.on_device(backend)
-        last = 36 - 32  # the newest column, in the last page
-        for pages, data in ((keys, problem.keys), (values, problem.values)):
-            newest_NKE = placed(backend, data[2][:, :, last].contiguous())
-            pages[2][:, :, last] = 1e4
-            pages[2][:, :, last] = newest_NKE
+        newest = spec.length - 1 - 32  # the place of the newest column in the last page
+        columns = [page[:, :, newest] * 1 for page in (keys[-1], values[-1])]
+        for page in (keys[-1], values[-1]):
+            page[:, :, newest] = math.nan
 
+        backend.attention(q_NHLE, keys, values, replace(spec, length=spec.length - 1))
+        for page, column in zip((keys[-1], values[-1]), columns, strict=True):
+            page[:, :, newest] = column
         out_NHLE = backend.attention(q_NHLE, keys, values, spec)
         for page in (*keys, *values):
             page.fill_(math.nan)
