@@ -21,7 +21,7 @@ from flexport.engine.limits import default_budgets, dtype_for
 from flexport.engine.plan import Plan, model_sizes
 from flexport.engine.source import open_source
 from flexport.engine.trace import Trace
-from flexport.errors import DoesNotFit, UsageError
+from flexport.errors import DoesNotFit, PolicyError, UsageError
 from flexport.planner.auto import Choice, check, choose
 from flexport.planner.footprint import JobSizes, footprint, page_tokens_for
 from flexport.policy import Policy
@@ -245,19 +245,27 @@ class Engine:
     def _make_plan(self, job: JobSizes) -> Plan:
         file_item_bytes = VALUE_BYTES[self._source.file_dtype or self.dtype]
         sizes = model_sizes(self.spec, file_item_bytes, VALUE_BYTES[self.dtype])
-        preferred, unified = self._facts.page_tokens, self._facts.unified
+        preferred = self._facts.page_tokens
+        unified, addressable = self._facts.unified, self._facts.addressable
         choice = self._choice
         if self._loaded is not None and self.plan is not None:  # what is loaded stays there
-            choice = replace(choice, weights=self.plan.policy.weights)
+            loaded = self.plan.policy
+            choice = replace(choice, weights=loaded.weights, cpu_projections=loaded.cpu_projections)
         policy = self._policy or choose(
             sizes,
             job,
             self.budgets,
             page_tokens=preferred,
             unified=unified,
+            addressable=addressable,
             fixed=choice,
         )
-        needs = footprint(sizes, job, policy, preferred, unified)
+        if unified and (policy.cpu_attention or policy.cpu_projections):
+            raise PolicyError(
+                f"cpu_attention and cpu_projections are for a device with memory of its own; on "
+                f"{self._facts.name} it is the host's, and everything is computed where it lies"
+            )
+        needs = footprint(sizes, job, policy, preferred, unified, addressable)
         check(needs, policy, self.budgets)
         return Plan(
             model=self.model_name,

@@ -12,6 +12,7 @@ import psutil
 import flexport
 from flexport.engine.clock import Clock
 from flexport.engine.plan import Plan
+from flexport.engine.trace import HOST_COMPUTE
 from flexport.policy import Tier
 from flexport.store.store import Store
 
@@ -25,6 +26,7 @@ def report(
     plan: Plan,
     store: Store,
     clock: Clock,
+    host_compute_s: float,
     lanes: Mapping[str, tuple[int, float]],
     load_s: float,
     total_s: float,
@@ -33,7 +35,7 @@ def report(
 ) -> dict[str, Any]:
     """The report as plain data. Sizes are bytes, times seconds.
 
-    `lanes` has the bytes that each lane moved during the job, and the seconds it was busy.
+    host_compute_s is what the CPU beside the device computed; `lanes` has the bytes that each lane moved during the job, and the seconds it was busy.
     """
     busy_s = clock.prefill_s + clock.decode_s
     return {
@@ -56,6 +58,7 @@ def report(
         },
         "busy_seconds": {
             "compute": clock.compute_s,
+            HOST_COMPUTE: host_compute_s,
             **{name: lane_busy_s for name, (_, lane_busy_s) in lanes.items()},
         },
         "wait_seconds": {"compute": clock.wait_s},

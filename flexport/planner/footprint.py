@@ -70,6 +70,12 @@ class ModelSizes:
     """Attention scores of one row and column in a decode step."""
     token_flops: int
     """Multiplications and additions of one token."""
+    crossing_token_bytes: int
+    """Queries, new keys and values, and results of one token in one layer."""
+    projection_bytes: int
+    """Query, key and value matrices of all layers, as they lie on disk."""
+    projection_flops: int
+    """Of token_flops, those of these matrices."""
     max_positions: int
     """The longest row the model takes."""
 
@@ -126,11 +132,13 @@ class Footprint:
     @property
     def device_bytes(self) -> int:
         """All of it on the device."""
-        weights_bytes, run_bytes = self.weights_bytes[0], self._run_bytes[0] + self.work_bytes
+        weights_bytes, load_bytes = self.weights_bytes[0], self.load_bytes[0]
+        run_bytes = self._run_bytes[0] + self.work_bytes
         if self.unified:
             weights_bytes += self.weights_bytes[1]
+            load_bytes += self.load_bytes[1]
             run_bytes += self._run_bytes[1]
-        return weights_bytes + max(self.load_bytes[0], run_bytes)
+        return weights_bytes + max(load_bytes, run_bytes)
 
     @property
     def host_bytes(self) -> int:
@@ -226,9 +234,17 @@ def cache_row_bytes(model: ModelSizes, job: JobSizes, page_tokens: int) -> int:
 
 
 def footprint(
-    model: ModelSizes, job: JobSizes, policy: Policy, preferred_page_tokens: int, unified: bool
+    model: ModelSizes,
+    job: JobSizes,
+    policy: Policy,
+    preferred_page_tokens: int,
+    unified: bool,
+    addressable: bool = True,
 ) -> Footprint:
     """What the policy takes at most while it runs the job.
+
+    Where memory is unified and the host does not address the device's, what streams from disk
+    passes through host memory on its way, out of the same pool.
 
     Shares are cut by whole rows, a row more or less on either side of a cut, and every buffer is
     a whole number of memory pages; in a large model neither is seen, in a tiny one both are.
@@ -239,6 +255,7 @@ def footprint(
         rows = max(1, min(rows, job.num_rows))
     batch_rows = min(policy.batch_size, rows)
     visit_rows = batch_rows
+    is_chunked = policy.sweep_tokens > 0 or job.prompt_tokens > policy.visit_tokens
     if policy.sweep_tokens:
         visit_rows = max(batch_rows, min(rows, policy.prefill_tokens))
     num_batches = -(-rows // batch_rows)
@@ -274,6 +291,8 @@ def footprint(
     # Pages of this visit and of the next one.
     cuts = -(-visit_rows // batch_rows)
     pages_bytes = 2 * _rows_of(visit_rows, cache_far, cuts) * layer_row_bytes
+    if policy.cpu_attention and not is_chunked:
+        pages_bytes = 0.0  # decode steps leave them on the host, and no other piece needs them
     disk_pages_bytes = 2 * _rows_of(visit_rows, policy.cache.disk, cuts) * layer_row_bytes
     # Pages of two visits may be under way to their home while a third one is computed.
     drafts_bytes = 3 * _written_bytes(model, job, policy, visit_rows, page_tokens, cache_far)
@@ -281,7 +300,7 @@ def footprint(
     # The states of this visit and the next one, and of two on their way home.
     states_bytes = 4 * _states_bytes(model, visit_tokens, states_far)
     decoded_bytes = max(far_bytes) * ratio if ratio != 1 else 0.0
-    on_disk = 0.0 if unified else 1.0
+    on_disk = 0.0 if unified and addressable else 1.0
     return Footprint(
         weights_bytes=(
             round(weights[0] * ratio) + slack_bytes * (weights[0] > 0),
@@ -305,6 +324,7 @@ def footprint(
                 * (
                     drafts_bytes * (policy.cache.disk > 0)
                     + states_bytes * (policy.activations.disk > 0)
+                    + _beside_bytes(model, job, policy, visit_rows, num_batches)
                 )
             ),
         ),
@@ -380,6 +400,21 @@ def _written_bytes(
     prompt_rows = max(1, min(-(-prompt_tokens // longest), visit_rows))
     all_bytes = prompt_rows * chunk + visit_rows * newest
     return min(all_bytes, share * all_bytes + CUT_ROWS * (chunk + newest))
+
+
+def _beside_bytes(
+    model: ModelSizes, job: JobSizes, policy: Policy, visit_rows: int, num_batches: int
+) -> float:
+    """Host memory that a CPU beside the device takes for what crosses, and for computing."""
+    # What was brought to the device before may still be on its way.
+    crossing_bytes = 2 * visit_rows * model.crossing_token_bytes
+    num_bytes = 0.0
+    if policy.cpu_attention and policy.cache.device < 1:
+        num_bytes += crossing_bytes + visit_rows * job.columns * model.score_bytes
+        num_bytes += 4 * num_batches * GRAIN_BYTES
+    if policy.cpu_projections and policy.weights.host > 0:
+        num_bytes += crossing_bytes + 2 * visit_rows * model.hidden_token_bytes + 8 * GRAIN_BYTES
+    return num_bytes
 
 
 def _states_bytes(model: ModelSizes, tokens: int, share: float) -> float:

@@ -71,6 +71,13 @@ class SaysTheSameDtypeTwice(ToasterBackend):
         return replace(self._capabilities, dtypes=("float32", "float32"))
 
 
+@breaks("test_only_a_device_that_shares_the_hosts_tensors_is_addressable")
+class SaysThatTheHostMayRead(EmulatedBackend):
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, addressable=True)
+
+
 @breaks("test_every_dtype_that_is_listed_computes")
 class ListsADtypeWithoutAKernel(ToasterBackend):
     @property

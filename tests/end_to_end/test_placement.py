@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flexport
-from flexport import SamplingParams
+from flexport import Policy, SamplingParams
 from flexport.testing.discrete import DiscreteBackend
 
 AMPLE: dict[str, Any] = {"device_memory": "1GiB", "host_memory": "1GiB", "disk_memory": "1GiB"}
@@ -33,6 +34,8 @@ class Case:
     dtype: str
     percent: list[int]
     shape: dict[str, int]
+    beside: dict[str, bool]
+    """What a CPU beside the device does, if there is one."""
     slack: float
     """The budgets are so many times what the plan says it needs."""
     rows: list[int]
@@ -55,6 +58,10 @@ def cases(draw: st.DrawFn) -> Case:
             "prefill_tokens": draw(st.sampled_from([3, 8, 16, 50, 2048])),
             "sweep_tokens": draw(st.sampled_from([0, 0, 5, 20, 60])),
         },
+        beside={
+            "cpu_attention": draw(st.booleans()),
+            "cpu_projections": draw(st.booleans()),
+        },
         # From next to no look-ahead to all of it.
         slack=draw(st.sampled_from([1.0, 1.1, 1.5, 20.0])),
         rows=rows,
@@ -73,6 +80,9 @@ def tight(plan: Any, slack: float = 1.0) -> dict[str, Any]:
 
 
 def _check(case, backend, reference, plan_for, pool_bytes, offload_dir):
+    weights, cache, activations = Policy.splits_from_percent(case.percent)
+    beside = {} if backend == "cpu" else case.beside
+    policy = Policy(weights=weights, cache=cache, activations=activations, **case.shape, **beside)
     found = reference(case.variant, case.dtype)
     prompts = [found.prompts[row] for row in case.rows]
     params, expected = [], []
@@ -89,9 +99,8 @@ def _check(case, backend, reference, plan_for, pool_bytes, offload_dir):
         "model": found.directory,
         "backend": backend,
         "dtype": "float32",
-        "percent": case.percent,
+        "policy": policy,
         "offload_dir": offload_dir,
-        **case.shape,
     }
     plan = plan_for(prompts, case.lengths, **options, **AMPLE)
 
@@ -112,7 +121,7 @@ def _check(case, backend, reference, plan_for, pool_bytes, offload_dir):
 
 
 _settings = settings(
-    max_examples=25,
+    max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "25")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -49,6 +49,13 @@ class FactLaws:
         with pytest.raises(dataclasses.FrozenInstanceError):
             facts.name = "another"  # type: ignore[misc]  # that is the point
 
+    def test_only_a_device_that_shares_the_hosts_tensors_is_addressable(
+        self, backend: Backend
+    ) -> None:
+        device = backend.allocate((4,), torch.float32)
+
+        assert not backend.capabilities.addressable or device.device.type == "cpu"
+
     def test_every_dtype_that_is_listed_computes(self, backend: Backend) -> None:
         case = AttentionCase(pages=(8, 8), length=13, queries=3, heads=(4, 2))
         for name in backend.capabilities.dtypes:
