@@ -121,14 +121,16 @@ class Backend(Protocol):
     def copy_async(self, src: Tensor, dst: Tensor) -> Ticket:
         """Start dst[:] = src between host and device memory, in either direction, or within one.
 
-        Same shape and dtype. The copy is ordered after all device work issued before the call,
+        Same shape and dtype, any strides; unlike tensors are an error, raised here or by the
+        ticket. The copy is ordered after all device work issued before the call,
         and holds both tensors until it is done. Source and destination must not overlap.
         """
 
     def matmul(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias, shape (T, F) in x's dtype, accumulated in float32 or better.
 
-        `weight_FD` is a device tensor, or what this backend's `pack` made of one.
+        `weight_FD` is a device tensor, or what this backend's `pack` made of one. The result has
+        memory of its own. Device work, ordered among plain torch's. Raises OutOfMemory.
         """
 
     def attention(
@@ -142,7 +144,8 @@ class Backend(Protocol):
 
         Page p holds the columns from the sum of the earlier pages' G on; the pages together hold
         at least spec.length columns, and what columns past it hold does not matter. Query head h uses
-        key/value head h // (H / K). Softmax in float32.
+        key/value head h // (H / K). Softmax in float32. The result has memory of its own. Device
+        work, ordered among plain torch's. Raises OutOfMemory.
         """
 
     def sync(self) -> None:

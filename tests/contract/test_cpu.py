@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexport.backend import AttentionSpec, Backend
-from flexport.testing.conformance import BackendConformance, attention_in_float64
+from flexport.testing import BackendConformance, attention_in_float64
 
 
 class TestCpu(BackendConformance):

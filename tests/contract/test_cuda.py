@@ -22,14 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexport.backend import AttentionSpec, Backend
 from flexport.errors import OutOfMemory
-from flexport.testing.conformance import (
-    ATTENTION_CASES,
-    AttentionCase,
-    BackendConformance,
-    _Attention,
-    _on_host,
-    _placed,
-)
+from flexport.testing import AttentionCase, BackendConformance
+from flexport.testing.conformance.attention import ATTENTION_CASES
+from flexport.testing.conformance.problems import AttentionProblem
+from flexport.testing.conformance.tensors import on_host, placed
 
 SOON_S = 0.05
 """Long enough for what must not happen to happen, if nothing keeps it."""
@@ -90,8 +86,8 @@ class TestCudaOnARealCard(BackendConformance):
 def test_a_copy_waits_for_the_kernels_before_it_and_the_next_kernels_for_its_ticket(
     backend: CudaBackend, card: FakeCard
 ) -> None:
-    source = _placed(backend, torch.full((64,), 2.0), "host")
-    target = _placed(backend, torch.ones(64), "device")
+    source = placed(backend, torch.full((64,), 2.0), "host")
+    target = placed(backend, torch.ones(64), "device")
     up, _ = card.streams
 
     with card.compute.held():
@@ -102,22 +98,22 @@ def test_a_copy_waits_for_the_kernels_before_it_and_the_next_kernels_for_its_tic
         time.sleep(SOON_S)
         assert not up.lane.idle
 
-    assert set(_on_host(backend, before).tolist()) == {10.0}
-    assert set(_on_host(backend, after).tolist()) == {20.0}
+    assert set(on_host(backend, before).tolist()) == {10.0}
+    assert set(on_host(backend, after).tolist()) == {20.0}
 
 
 def test_kernels_wait_for_no_copy_but_those_waited_for(
     backend: CudaBackend, card: FakeCard
 ) -> None:
-    first, second = (_placed(backend, torch.ones(8), "device") for _ in range(2))
-    source = _placed(backend, torch.ones(8), "host")
+    first, second = (placed(backend, torch.ones(8), "device") for _ in range(2))
+    source = placed(backend, torch.ones(8), "host")
     up, down = card.streams
 
     with up.held():
         backend.copy_async(source, first)
         doubled = second * 2
         card.compute.record().synchronize()
-        assert set(_on_host(backend, doubled).tolist()) == {2.0}
+        assert set(on_host(backend, doubled).tolist()) == {2.0}
         assert not up.lane.idle
     with down.held():
         host = backend.allocate((8,), torch.float32, "host")
@@ -127,7 +123,7 @@ def test_kernels_wait_for_no_copy_but_those_waited_for(
 
 
 def test_wait_returns_while_the_copy_is_under_way(backend: CudaBackend, card: FakeCard) -> None:
-    source = _placed(backend, torch.ones(8), "host")
+    source = placed(backend, torch.ones(8), "host")
     target = backend.allocate((8,), torch.float32)
 
     with card.streams[0].held():
@@ -140,7 +136,7 @@ def test_wait_returns_while_the_copy_is_under_way(backend: CudaBackend, card: Fa
 def test_a_copy_within_the_host_is_behind_the_copies_waited_for(
     backend: CudaBackend, card: FakeCard
 ) -> None:
-    source = _placed(backend, torch.full((8,), 3.0), "device")
+    source = placed(backend, torch.full((8,), 3.0), "device")
     middle, target = (backend.allocate((8,), torch.float32, "host").zero_() for _ in range(2))
     _, down = card.streams
 
@@ -176,7 +172,7 @@ def test_a_copy_holds_its_tensors_until_it_is_done_and_no_longer(
     backend: CudaBackend, card: FakeCard
 ) -> None:
     before = card.arena_used_bytes
-    source = _placed(backend, torch.ones(1 << 16), "host")
+    source = placed(backend, torch.ones(1 << 16), "host")
     target = backend.allocate((1 << 16,), torch.float32)
 
     with card.streams[0].held():
@@ -193,7 +189,7 @@ def test_a_copy_holds_its_tensors_until_it_is_done_and_no_longer(
 
 
 def test_what_copies_hold_stays_short_if_nobody_joins_them(backend: CudaBackend) -> None:
-    source = _placed(backend, torch.ones(8), "host")
+    source = placed(backend, torch.ones(8), "host")
 
     for _ in range(50):
         backend.copy_async(source, backend.allocate((8,), torch.float32))
@@ -210,7 +206,7 @@ def test_what_copies_hold_stays_short_if_nobody_joins_them(backend: CudaBackend)
 def test_what_goes_wrong_on_the_card_is_told_by_join_and_sync(
     backend: CudaBackend, card: FakeCard
 ) -> None:
-    source = _placed(backend, torch.ones(8), "host")
+    source = placed(backend, torch.ones(8), "host")
     ticket = backend.copy_async(source, backend.allocate((8,), torch.float32))
 
     card.fail_kernel(RuntimeError("an illegal memory access"))
@@ -224,7 +220,7 @@ def test_what_goes_wrong_on_the_card_is_told_by_join_and_sync(
 
 def test_a_card_that_is_lost_can_be_closed(backend: CudaBackend, card: FakeCard) -> None:
     backend.copy_async(
-        _placed(backend, torch.ones(8), "host"), backend.allocate((8,), torch.float32)
+        placed(backend, torch.ones(8), "host"), backend.allocate((8,), torch.float32)
     )
     card.fail_kernel(RuntimeError("the card fell off the bus"))
 
@@ -257,7 +253,7 @@ def test_memory_of_finished_copies_is_found_before_an_allocation_fails() -> None
 
 def test_every_verb_says_what_was_asked_and_what_is_free_when_memory_is_out() -> None:
     backend = CudaBackend(FakeCard(memory_bytes=1 << 20))
-    x_TD, weight_FD = (_placed(backend, torch.ones(n, 64), "device") for n in (900, 900))
+    x_TD, weight_FD = (placed(backend, torch.ones(n, 64), "device") for n in (900, 900))
     heads = x_TD.view(1, 225, 4, 64).transpose(1, 2)
     spec = AttentionSpec(length=225, scale=1.0, soft_cap=1.0)
 
@@ -315,8 +311,8 @@ def test_copies_are_right_where_host_memory_can_not_be_pinned(
     backend = CudaBackend(FakeCard(most_pinned_bytes=0))
     data = torch.arange(100.0)
 
-    there = _placed(backend, data, "device")
-    here = [_on_host(backend, there), backend.allocate((9 << 20,), torch.uint8, "host")]
+    there = placed(backend, data, "device")
+    here = [on_host(backend, there), backend.allocate((9 << 20,), torch.uint8, "host")]
 
     assert torch.equal(here[0], data)
     (told,) = [record.getMessage() for record in caplog.records]
@@ -370,7 +366,7 @@ CASES_OF_EACH_WAY = {
 
 @pytest.mark.parametrize(("name", "way"), CASES_OF_EACH_WAY.items(), ids=CASES_OF_EACH_WAY.keys())
 def test_each_case_goes_the_way_that_suits_it(name: str, way: str) -> None:
-    problem = _Attention.draw(ATTENTION_CASES[name], torch.float16)
+    problem = AttentionProblem.draw(ATTENTION_CASES[name], torch.float16)
 
     assert choose(problem.q_NHLE, problem.keys, problem.spec, True) == way
 
@@ -414,7 +410,9 @@ def test_a_masked_chunk_repeats_no_keys_and_is_computed_a_few_rows_at_a_time(
         return fused(q, keys, values, **options)
 
     monkeypatch.setattr(kernels, "scaled_dot_product_attention", spy)
-    problem = _Attention.draw(ATTENTION_CASES["a grouped chunk"], torch.float16)  # starts: 4, 0
+    problem = AttentionProblem.draw(
+        ATTENTION_CASES["a grouped chunk"], torch.float16
+    )  # starts: 4, 0
     monkeypatch.setattr(kernels, "MASKED_BYTES", 1)
 
     out_NHLE = kernels.attention(
@@ -427,7 +425,7 @@ def test_a_masked_chunk_repeats_no_keys_and_is_computed_a_few_rows_at_a_time(
 
 def test_a_prompt_in_a_page_with_room_reads_nothing_past_its_length() -> None:
     case = AttentionCase(pages=(64,), length=40, queries=40, heads=(4, 2))
-    problem = _Attention.draw(case, torch.float16)
+    problem = AttentionProblem.draw(case, torch.float16)
 
     for has_fused_groups in (True, False):
         out_NHLE = kernels.attention(
@@ -439,7 +437,7 @@ def test_a_prompt_in_a_page_with_room_reads_nothing_past_its_length() -> None:
 @pytest.mark.parametrize("name", CASES_OF_EACH_WAY)
 def test_no_way_lets_the_host_wait(name: str, backend: CudaBackend, card: FakeCard) -> None:
     for dtype in (torch.float16, torch.float32):
-        arguments = _Attention.draw(ATTENTION_CASES[name], dtype).on_device(backend)
+        arguments = AttentionProblem.draw(ATTENTION_CASES[name], dtype).on_device(backend)
 
         out_NHLE = backend.attention(*arguments)
 

@@ -11,7 +11,7 @@ import torch
 
 from flexport.backend import AttentionSpec, Backend
 from flexport.errors import OutOfMemory
-from flexport.testing.conformance import BackendConformance
+from flexport.testing import BackendConformance
 from flexport.testing.discrete import Call, DiscreteBackend
 
 
@@ -20,6 +20,12 @@ class TestDiscrete(BackendConformance):
     def backend(self, request: pytest.FixtureRequest) -> Iterator[Backend]:
         late, unified = request.param
         backend = DiscreteBackend(late=late, unified=unified)
+        yield backend
+        backend.close()
+
+    @pytest.fixture(params=[False, True], ids=["threads", "late"])
+    def small_backend(self, request: pytest.FixtureRequest) -> Iterator[Backend]:
+        backend = DiscreteBackend(memory_bytes=1 << 20, late=request.param)
         yield backend
         backend.close()
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import ast
 import gc
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from torch.utils import backend_registration
 from flexport.backend import AttentionSpec, Backend
 from flexport.errors import OutOfMemory
 from flexport.registry import auto_order, backends, open_backend
-from flexport.testing.conformance import BackendConformance
+from flexport.testing import BackendConformance
 
 FOLDER = Path(__file__).parent.parent / "emulated_accelerator"
 
@@ -37,6 +35,12 @@ class TestEmulated(BackendConformance):
     @pytest.fixture(params=[False, True], ids=["", "unified"])
     def backend(self, request: pytest.FixtureRequest) -> Iterator[Backend]:
         backend = EmulatedBackend(unified=request.param)
+        yield backend
+        backend.close()
+
+    @pytest.fixture
+    def small_backend(self) -> Iterator[Backend]:
+        backend = EmulatedBackend(memory_bytes=1 << 20)
         yield backend
         backend.close()
 
@@ -566,27 +570,8 @@ def test_the_error_of_a_kernel_is_raised_by_whatever_comes_until_sync(device) ->
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pip would leave of the package's entry points, in a folder that is on the path.
-
-    Written here and not installed, so that the tests run in a plain checkout and offline.
-    """
-    # pytest itself brings tomli where Python has no tomllib yet.
-    toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    project = toml.loads((FOLDER / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    name, version = project["name"], project["version"]
-    info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    lines = [
-        line
-        for group, entries in project["entry-points"].items()
-        for line in (f"[{group}]", *(f"{key} = {value}" for key, value in entries.items()))
-    ]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delenv("FLEXPORT_BACKEND", raising=False)
+def installed(install: Callable[[Path], None]) -> None:
+    install(FOLDER)
 
 
 def test_the_registry_opens_it_by_its_name(installed) -> None:

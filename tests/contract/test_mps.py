@@ -31,7 +31,9 @@ from torch.utils import backend_registration
 
 from flexport.backend import AttentionSpec, Backend
 from flexport.errors import OutOfMemory
-from flexport.testing.conformance import BackendConformance, _on_host, _Product
+from flexport.testing import BackendConformance
+from flexport.testing.conformance.problems import Product
+from flexport.testing.conformance.tensors import on_host
 from flexport.torch_ops.attention import attention
 
 GIB = 1 << 30
@@ -471,12 +473,12 @@ def test_large_products_are_cut_and_come_out_right(with_bias, dtype, monkeypatch
 @pytest.mark.parametrize("shape", [(2, 40_000, 3), (2, 3, 70_000), (0, 3, 4)], ids=str)
 def test_products_beyond_those_shapes_stay_on_the_device(shape, backend) -> None:
     num_tokens, _, num_out = shape
-    problem = _Product.draw(shape, torch.float16, with_bias=True)
+    problem = Product.draw(shape, torch.float16, with_bias=True)
     on_device = problem.on_device(backend)
 
     out_TF = backend.matmul(*on_device)
 
-    found_TF = _on_host(backend, out_TF)
+    found_TF = on_host(backend, out_TF)
     assert problem.bias_F is not None
     exact_TF = problem.x_TD.double() @ problem.weight_FD.double().T + problem.bias_F.double()
     assert found_TF.shape == (num_tokens, num_out)

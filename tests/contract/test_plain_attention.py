@@ -15,13 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexport.backend import AttentionSpec, Backend, Capabilities, Ticket
 from flexport.errors import OutOfMemory
-from flexport.testing.conformance import (
-    ATTENTION_CASES,
-    BackendConformance,
-    _Attention,
-    _on_host,
-    attention_in_float64,
-)
+from flexport.testing import BackendConformance, attention_in_float64
+from flexport.testing.conformance.attention import ATTENTION_CASES
+from flexport.testing.conformance.problems import AttentionProblem
+from flexport.testing.conformance.tensors import on_host
 from flexport.torch_ops import attention as plain
 
 
@@ -249,13 +246,13 @@ def test_on_a_device_of_its_own_only_starts_and_slopes_go_up_and_nothing_comes_b
     uploads = []
     try:
         for name in ("everything", "a ragged chunk", "three pages", "eight queries a key"):
-            problem = _Attention.draw(ATTENTION_CASES[name], torch.float32)
+            problem = AttentionProblem.draw(ATTENTION_CASES[name], torch.float32)
             arguments = problem.on_device(backend)
             for _ in range(2):
                 before = backend.num_uploads
                 out_NHLE = plain.attention(*arguments)
                 uploads.append(backend.num_uploads - before)
-                problem.check(_on_host(backend, out_NHLE))
+                problem.check(on_host(backend, out_NHLE))
             assert backend.num_reads == 0
         assert uploads == [2, 0, 1, 0, 0, 0, 1, 0]
     finally:
