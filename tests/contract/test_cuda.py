@@ -7,12 +7,12 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
-from fake_card import FakeCard
-from flexport_cuda import PLUGIN, kernels, pinned
+from fake_card import FakeCard, FakeStream
+from flexport_cuda import PLUGIN, kernels, pinned, streams
 from flexport_cuda.backend import CudaBackend
 from flexport_cuda.kernels import choose
 from flexport_cuda.runtime import _TorchStream
@@ -26,6 +26,9 @@ from flexport.testing import AttentionCase, BackendConformance
 from flexport.testing.conformance.attention import ATTENTION_CASES
 from flexport.testing.conformance.problems import AttentionProblem
 from flexport.testing.conformance.tensors import on_host, placed
+
+UP, UP_SMALL, DOWN, DOWN_SMALL = range(4)
+"""The card's streams beside the default one, in the order in which they are made."""
 
 SOON_S = 0.05
 """Long enough for what must not happen to happen, if nothing keeps it."""
@@ -88,7 +91,7 @@ def test_a_copy_waits_for_the_kernels_before_it_and_the_next_kernels_for_its_tic
 ) -> None:
     source = placed(backend, torch.full((64,), 2.0), "host")
     target = placed(backend, torch.ones(64), "device")
-    up, _ = card.streams
+    up = card.streams[UP_SMALL]
 
     with card.compute.held():
         before = target * 10
@@ -107,7 +110,7 @@ def test_kernels_wait_for_no_copy_but_those_waited_for(
 ) -> None:
     first, second = (placed(backend, torch.ones(8), "device") for _ in range(2))
     source = placed(backend, torch.ones(8), "host")
-    up, down = card.streams
+    up, down = card.streams[UP_SMALL], card.streams[DOWN_SMALL]
 
     with up.held():
         backend.copy_async(source, first)
@@ -126,11 +129,57 @@ def test_wait_returns_while_the_copy_is_under_way(backend: CudaBackend, card: Fa
     source = placed(backend, torch.ones(8), "host")
     target = backend.allocate((8,), torch.float32)
 
-    with card.streams[0].held():
+    with card.streams[UP_SMALL].held():
         ticket = backend.copy_async(source, target)
         ticket.wait()
-        assert not card.streams[0].lane.idle
+        assert not card.streams[UP_SMALL].lane.idle
     ticket.join()
+
+
+@pytest.mark.parametrize(("up", "stream"), [(True, UP), (False, DOWN)], ids=["up", "down"])
+def test_a_small_copy_does_not_queue_behind_a_large_one(
+    up: bool, stream: int, backend: CudaBackend, card: FakeCard
+) -> None:
+    here: Literal["device", "host"] = "host" if up else "device"
+    there: Literal["device", "host"] = "device" if up else "host"
+    large, small = (
+        placed(backend, torch.arange(num_values, dtype=torch.float32), here)
+        for num_values in (streams.SMALL_BYTES // 4, 7)
+    )
+    targets = [backend.allocate(source.shape, source.dtype, there) for source in (large, small)]
+
+    with card.streams[stream].held():
+        behind = backend.copy_async(large, targets[0])
+        backend.copy_async(small, targets[1]).join()
+        assert not card.streams[stream].lane.idle
+    behind.join()
+
+    for source, target in zip((large, small), targets, strict=True):
+        assert torch.equal(on_host(backend, source), on_host(backend, target))
+
+
+@pytest.mark.parametrize("num_values", [64, 65, 129])
+def test_a_large_copy_is_cut_so_that_small_ones_come_between(
+    num_values: int, backend: CudaBackend, card: FakeCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "CUT_BYTES", 64 * 4)
+    data = torch.arange(2.0 * num_values).view(2, num_values)
+    source = placed(backend, data, "host")
+    target = backend.allocate(data.shape, data.dtype)
+    copies: list[int] = []
+    copy = FakeStream.copy
+
+    def count(self: FakeStream, src: Tensor, dst: Tensor) -> None:
+        copies.append(src.numel())
+        copy(self, src, dst)
+
+    monkeypatch.setattr(FakeStream, "copy", count)
+    backend.copy_async(source, target).join()
+    in_parts = list(copies)
+
+    assert sum(in_parts) == 2 * num_values
+    assert max(in_parts) == 64
+    assert torch.equal(on_host(backend, target), data)
 
 
 def test_a_copy_within_the_host_is_behind_the_copies_waited_for(
@@ -138,7 +187,7 @@ def test_a_copy_within_the_host_is_behind_the_copies_waited_for(
 ) -> None:
     source = placed(backend, torch.full((8,), 3.0), "device")
     middle, target = (backend.allocate((8,), torch.float32, "host").zero_() for _ in range(2))
-    _, down = card.streams
+    down = card.streams[DOWN_SMALL]
 
     def go_on() -> None:
         backend.copy_async(middle, target).join()
@@ -175,7 +224,7 @@ def test_a_copy_holds_its_tensors_until_it_is_done_and_no_longer(
     source = placed(backend, torch.ones(1 << 16), "host")
     target = backend.allocate((1 << 16,), torch.float32)
 
-    with card.streams[0].held():
+    with card.streams[UP_SMALL].held():
         ticket = backend.copy_async(source, target)
         del source, target
         gc.collect()
@@ -193,7 +242,7 @@ def test_what_copies_hold_stays_short_if_nobody_joins_them(backend: CudaBackend)
 
     for _ in range(50):
         backend.copy_async(source, backend.allocate((8,), torch.float32))
-        backend._copies._up._stream.record().synchronize()
+        backend._copies._up_small._stream.record().synchronize()
 
     assert backend._copies.num_held <= 1
     backend.sync()
