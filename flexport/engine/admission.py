@@ -61,7 +61,8 @@ class Admission:
         work: JobWork,
         batches: Iterable[Sequence[Row]],
     ) -> None:
-        self.prompt_tokens = 0
+        self.num_rows = 0
+        """Rows that were let in so far."""
         self._policy = plan.policy
         self._shape = shape
         self._store = store
@@ -105,7 +106,7 @@ class Admission:
                 continue
             self._work.batches[batch.index] = batch
             self._num_batches += 1
-            self.prompt_tokens += sum(len(row.prompt_ids) for row in rows)
+            self.num_rows += len(rows)
             yield batch.plan
 
     def _batch(self, rows: Sequence[Row]) -> Batch:

@@ -57,6 +57,11 @@ class Pool:
         return self._used_bytes
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes in use and spare ones: all that the tier has had room for so far, and has still."""
+        return self._used_bytes + self._spare_bytes
+
+    @property
     def free_bytes(self) -> int:
         """What can be taken now."""
         return self.capacity_bytes - self._used_bytes
