@@ -68,6 +68,12 @@ class Policy:
     micro-batch is prefilled in chunks), and sweep_tokens is how many prompt tokens one sweep over
     the layers carries while there are any (0 = no bound): a small value mixes the prefill of new rows with
     the decode of old ones, so that prompts are computed while weights are on their way.
+
+    With cpu_attention, decode steps of rows whose cache is at home on host or disk are attended on
+    the CPU: their queries and results cross the link, not their cache. With cpu_projections, a
+    sweep of decode steps multiplies with those rows of the query, key and value matrices that are
+    at home on the host on the CPU too, so that they stay where they are. Where host and device are
+    one memory there is nothing to spare, and neither may be asked for.
     """
 
     weights: Split = Split()
@@ -77,8 +83,13 @@ class Policy:
     num_batches: int = 1
     prefill_tokens: int = 2048
     sweep_tokens: int = 0
+    cpu_attention: bool = False
+    cpu_projections: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("cpu_attention", "cpu_projections"):
+            if not isinstance(getattr(self, name), bool):
+                raise PolicyError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("batch_size", "num_batches", "prefill_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

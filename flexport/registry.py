@@ -18,6 +18,7 @@ from flexport.backend import API, Backend, BackendPlugin, Capabilities
 from flexport.errors import BackendUnavailable
 
 __all__ = [
+    "CPU",
     "ENVIRONMENT_VARIABLE",
     "GROUP",
     "Listing",
@@ -32,6 +33,9 @@ GROUP = "flexport.backends"
 
 ENVIRONMENT_VARIABLE = "FLEXPORT_BACKEND"
 """Names the backend that "auto" stands for, where it is set and not empty."""
+
+CPU = "cpu"
+"""The backend that computes in host memory, on every machine; it may work beside another one."""
 
 _MEMBERS = ("capabilities", "allocate", "copy_async", "matmul", "attention", "sync", "close")
 

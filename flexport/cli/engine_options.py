@@ -20,14 +20,14 @@ __all__ = ["add_engine_arguments", "engine_settings"]
 _SHARES = ("WD", "WH", "KD", "KH", "AD", "AH")
 
 _BLOCK_OPTIONS = ("batch_size", "num_batches", "prefill_tokens", "sweep_tokens")
+_POLICY_OPTIONS = ("percent", *_BLOCK_OPTIONS, "cpu_attention")
 _SETTINGS = (
     "model",
     "revision",
     "load_format",
     "backend",
     "dtype",
-    "percent",
-    *_BLOCK_OPTIONS,
+    *_POLICY_OPTIONS,
     "device_memory",
     "host_memory",
     "disk_memory",
@@ -111,6 +111,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt tokens that one sweep over the layers carries at most, so that new rows join "
         "while others decode; 0 = no bound (default: the policy's)",
     )
+    plan.add_argument(
+        "--cpu-attention",
+        choices=("auto", "on", "off"),
+        help="attend on the CPU over the cache that is not on the device, so that queries and "
+        "results cross the link in its place; auto: where that is predicted to be faster "
+        "(default: auto)",
+    )
 
     budgets = parser.add_argument_group(
         "budgets: hard caps; SIZE is e.g. 14GiB, 1.5GB or 800MiB (default: what is free, less a "
@@ -151,7 +158,9 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.policy == "auto":
         return settings
-    also_given = [name for name in ("percent", *_BLOCK_OPTIONS) if name in settings]
+    also_given = [name for name in _POLICY_OPTIONS if name in settings]
+    if settings.get("cpu_attention") == "auto":
+        also_given.remove("cpu_attention")
     if also_given:
         options = ", ".join("--" + name.replace("_", "-") for name in also_given)
         raise UsageError(

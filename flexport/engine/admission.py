@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from flexport.engine.cache import BatchCache
+from flexport.engine.host_compute import HostCompute
 from flexport.engine.pages import CacheShape
 from flexport.engine.plan import Plan
 from flexport.engine.rows import Batch, Row
@@ -60,11 +61,16 @@ class Admission:
         store: Store,
         work: JobWork,
         batches: Iterable[Sequence[Row]],
+        host: HostCompute | None = None,
     ) -> None:
+        """`host` is the CPU beside the device, if there is one."""
         self.num_rows = 0
         """Rows that were let in so far."""
         self._policy = plan.policy
         self._shape = shape
+        self._host_shape: CacheShape | None = None
+        if host is not None and plan.policy.cpu_attention:
+            self._host_shape = replace(shape, keys_by_feature=host.keys_by_feature)
         self._store = store
         self._work = work
         self._source = iter(batches)
@@ -121,6 +127,7 @@ class Admission:
             lengths,
             self._dealer,
             columns if max_steps > 1 or chunked else 0,
+            self._host_shape,
         )
         return Batch(
             index=self._num_batches,

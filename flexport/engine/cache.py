@@ -6,11 +6,13 @@ and nobody changes any more, narrow ones for what is decoded. The newest of thes
 step, and waits in memory if its home is the disk, until it is complete. So whatever a home is, it
 sees whole contiguous records.
 
+Where a CPU stands beside the device, decode steps of bands at home on host or disk are attended
+there: the newest page is written where it lies, and pages on disk come as far as host memory.
+
 Rows that have ended are left out of all computing at once; their share of a page goes when less
 than half of a band's rows live, so that all the copying together costs no more than one pass.
 
-Dimension key: T tokens, N rows of a band, H query heads, K key/value heads, G columns of a page,
-E features of a head, C new columns.
+Dimension key: N rows of a band, K key/value heads, G columns of a page, E features of a head.
 """
 
 from __future__ import annotations
@@ -22,25 +24,27 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from flexport.backend import AttentionSpec, Backend, Ticket
+from flexport.backend import Ticket
 from flexport.engine.pages import CacheShape
 from flexport.errors import OutOfMemory
-from flexport.models.decoder import Attend
 from flexport.policy import Tier
 from flexport.schedule.order import Piece
 from flexport.store.place import Dealer
 from flexport.store.pool import Promise
 from flexport.store.store import Kept, Lease, Store
 
-__all__ = ["BatchCache", "HeldBands"]
+__all__ = ["Band", "BatchCache", "Held", "HeldBands"]
 
 
 @dataclass(slots=True, eq=False)
-class _Band:
+class Band:
     """Rows of a batch that share pages in one layer."""
 
     rows: list[int]
     home: Tier
+    shape: CacheShape
+    attended: Tier
+    """Where decode steps are computed: on the device, or on the CPU in host memory."""
     base: int
     """The batch's column that is the pages' first."""
     edges: list[int]
@@ -52,12 +56,14 @@ class _Band:
 
 
 @dataclass(slots=True, eq=False)
-class _Held:
+class Held:
     """Some rows of a band, and their part of its pages, as one visit holds them."""
 
-    band: _Band
+    band: Band
     begin: int
     end: int
+    near: Tier
+    """Where the visit computes on them."""
     leases: dict[int, Lease] = field(default_factory=dict)
     """By number of the page."""
     changed: set[int] = field(default_factory=set)
@@ -69,7 +75,7 @@ class _Held:
         return self.band.rows[self.begin : self.end]
 
 
-HeldBands = list[_Held]
+HeldBands = list[Held]
 """What a visit holds of a batch's cache."""
 
 
@@ -83,20 +89,22 @@ class BatchCache:
         lengths: Sequence[int],
         dealer: Dealer,
         max_columns: int,
+        host_shape: CacheShape | None = None,
     ) -> None:
         """`lengths` are the rows' prompt lengths.
 
-        The dealer says which rows are at home on which tier, layer by layer. Memory for
+        Given a host_shape, decode steps of rows at home on host or disk are computed on the CPU,
+        and their pages look like that. The dealer says which rows are at home on which tier, layer by layer. Memory for
         max_columns columns (0: nothing is kept) is set aside at once; raises OutOfMemory if there
         is not enough, and then nothing is.
         """
-        self._shape = shape
+        self.shape = shape
+        self._host_shape = host_shape
         self._store = store
-        self._backend: Backend = store.backend
         self._lengths = list(lengths)
         self._columns = max(lengths)
         self._max_columns = max_columns
-        self._bands: list[list[_Band]] = [self._cut(dealer) for _ in range(shape.num_layers)]
+        self._bands: list[list[Band]] = [self._cut(dealer) for _ in range(shape.num_layers)]
         self._promises = {pool: Promise(pool, 0) for pool in (store.device, store.host)}
         self.claim_bytes = (0, 0)
         """Of device and host memory, what was set aside: all that the cache will ever take."""
@@ -109,19 +117,22 @@ class BatchCache:
         claims = {pool: promise.left_bytes for pool, promise in self._promises.items()}
         self.claim_bytes = (claims[store.device], 0 if store.unified else claims[store.host])
 
-    def _cut(self, dealer: Dealer) -> list[_Band]:
+    def _cut(self, dealer: Dealer) -> list[Band]:
         bands = []
         for part in dealer.cut([(len(self._lengths), 1)]):
             rows = list(range(part.begin, part.end))
             base = self._columns - max(self._lengths[row] for row in rows)
-            prompt, decoded = self._shape.page_widths(
+            prompt, decoded = self.shape.page_widths(
                 self._columns - base, max(0, self._max_columns - self._columns)
             )
             widths = (*prompt, *decoded) if self._max_columns else ()
+            on_host = part.tier is not Tier.DEVICE and self._host_shape is not None
             bands.append(
-                _Band(
+                Band(
                     rows=rows,
                     home=part.tier,
+                    shape=self._host_shape if on_host and self._host_shape else self.shape,
+                    attended=Tier.HOST if on_host else Tier.DEVICE,
                     base=base,
                     edges=[0, *accumulate(widths)],
                     num_prompt_pages=len(prompt) if self._max_columns else 0,
@@ -129,7 +140,7 @@ class BatchCache:
             )
         return bands
 
-    def _promise(self, band: _Band) -> None:
+    def _promise(self, band: Band) -> None:
         """Set aside what the band's pages to come will take of memory, no more and no less."""
         pool = self._store.pool(band.home)
         to_come = [
@@ -162,7 +173,8 @@ class BatchCache:
         for held in self._touched(layer, piece):
             for number in self._needed(held.band, piece):
                 ranges = self._ranges(held, number)
-                both = self._store.staging_bytes(held.band.pages[number], ranges)
+                page = held.band.pages[number]
+                both = self._store.staging_bytes(page, ranges, held.near)
                 device_bytes, host_bytes = device_bytes + both[0], host_bytes + both[1]
         return device_bytes, host_bytes
 
@@ -172,26 +184,12 @@ class BatchCache:
         for held in touched:
             for number in self._needed(held.band, piece):
                 page, ranges = held.band.pages[number], self._ranges(held, number)
-                held.leases[number] = self._store.fetch(page, ranges)
+                held.leases[number] = self._store.fetch(page, ranges, held.near)
         return touched
 
     def tickets(self, held: HeldBands) -> list[Ticket]:
         """What the visit has to wait for."""
         return [lease.ticket for of_band in held for lease in of_band.leases.values()]
-
-    def attend(self, piece: Piece, live: Sequence[int], held: HeldBands, keep: bool) -> Attend:
-        """What the decoder calls for the piece's new tokens.
-
-        `live` are the batch's rows in the order of their tokens. With `keep` False the new keys
-        and values are not stored: nothing will be asked of them later.
-        """
-
-        def attend(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-            if piece.rows is None:
-                return self._decode(q_THE, k_TKE, v_TKE, piece, live, held)
-            return self._prefill(q_THE, k_TKE, v_TKE, piece, held, keep)
-
-        return attend
 
     def write_back(self, held: HeldBands, piece: Piece, live: Sequence[int]) -> None:
         """Send home what the visit changed, let the rest go, and shed rows that have ended."""
@@ -223,213 +221,41 @@ class BatchCache:
                 self._drop_band(band)
         self._close_promises()
 
-    def _touched(self, layer: int, piece: Piece) -> HeldBands:
-        """The bands that the piece has rows of, nothing fetched yet."""
-        touched = []
-        for band in self._bands[layer]:
-            if piece.rows is None:
-                touched.append(_Held(band, 0, len(band.rows)))
-                continue
-            # No row is shed before the first decode step, so a band's rows are a range.
-            begin, end = (
-                min(max(row - band.rows[0], 0), len(band.rows)) if band.rows else 0
-                for row in piece.rows
-            )
-            if begin < end:
-                touched.append(_Held(band, begin, end))
-        return touched
+    # ---- what attention reads and writes
 
-    def _needed(self, band: _Band, piece: Piece) -> range:
-        """Numbers of the pages that hold what the piece attends to and does not bring itself."""
-        if piece.rows is None:
-            return range(len(band.pages))
-        if all(self._start(row) >= piece.start for row in range(*piece.rows)):
-            return range(0)
-        return range(self._page_at(band, piece.start - 1) + 1)
-
-    # ---- prefill
-
-    def _prefill(
-        self,
-        q_THE: Tensor,
-        k_TKE: Tensor,
-        v_TKE: Tensor,
-        piece: Piece,
-        held: HeldBands,
-        keep: bool,
-    ) -> Tensor:
-        out_THE = torch.empty_like(q_THE)
-        at = 0
-        for of_band in held:
-            base = of_band.band.base
-            spans = []
-            for row in of_band.rows:
-                num_new = piece.stop - max(piece.start, self._start(row))
-                spans.append((at, at + num_new))
-                at += num_new
-            if keep:
-                self._append_prompt(of_band, spans, k_TKE, v_TKE, piece)
-            for first, last, whole in self._runs(of_band.rows, spans, piece):
-                begin, end = spans[first][0], spans[last - 1][1]
-                count = last - first
-                span_q = _rows_first(q_THE[begin:end], count)
-                if whole:
-                    keys = [_rows_first(k_TKE[begin:end], count)]
-                    values = [_rows_first(v_TKE[begin:end], count)]
-                    starts, length = None, span_q.shape[2]
-                else:
-                    keys, values = self._pages(of_band, first, last)
-                    starts = tuple(self._start(row) - base for row in of_band.rows[first:last])
-                    length = piece.stop - base
-                spec = AttentionSpec(length=length, scale=self._shape.scale, starts=starts)
-                o_NHLE = self._backend.attention(span_q, keys, values, spec)
-                out_THE[begin:end].view(count, -1, *q_THE.shape[1:]).copy_(o_NHLE.transpose(1, 2))
-        return out_THE
-
-    def _runs(
-        self, rows: Sequence[int], spans: Sequence[tuple[int, int]], piece: Piece
-    ) -> list[tuple[int, int, bool]]:
-        """Neighbouring rows of equal length, and whether all they attend to is in this piece."""
-        runs: list[tuple[int, int, bool]] = []
-        for index, row in enumerate(rows):
-            num_new = spans[index][1] - spans[index][0]
-            whole = self._start(row) >= piece.start
-            if runs and runs[-1][2] == whole:
-                first = runs[-1][0]
-                if spans[first][1] - spans[first][0] == num_new:
-                    runs[-1] = (first, index + 1, whole)
-                    continue
-            runs.append((index, index + 1, whole))
-        return runs
-
-    def _append_prompt(
-        self,
-        held: _Held,
-        spans: Sequence[tuple[int, int]],
-        k_TKE: Tensor,
-        v_TKE: Tensor,
-        piece: Piece,
-    ) -> None:
-        band, last = held.band, piece.stop - held.band.base
-        if not band.pages:
-            for _ in range(band.num_prompt_pages):
-                self._new_page(band, is_open=False)
-        is_first = all(self._start(row) >= piece.start for row in held.rows)
-        first_page = 0 if is_first else self._page_at(band, piece.start)
-        for number in range(first_page, self._page_at(band, piece.stop - 1) + 1):
-            keys_NKGE, values_NKGE = self._changing(held, number)
-            low_edge, high_edge = band.edges[number : number + 2]
-            for index, (begin, end) in enumerate(spans):
-                # The row's tokens end in column `last`; those of this page are in the middle.
-                low = min(max(low_edge, last - (end - begin)), high_edge)
-                high = min(high_edge, last)
-                if is_first:
-                    # Masked columns get no weight, but 0 times what lies there must be 0.
-                    keys_NKGE[index, :, : low - low_edge] = 0
-                    values_NKGE[index, :, : low - low_edge] = 0
-                if low < high:
-                    tokens = slice(end - (last - low), end - (last - high))
-                    columns = slice(low - low_edge, high - low_edge)
-                    # Head by head first: where keys lie feature by feature, a copy that does
-                    # both at once is five times slower than the two together.
-                    k_KCE = k_TKE[tokens].transpose(0, 1).contiguous()
-                    keys_NKGE[index, :, columns] = k_KCE
-                    values_NKGE[index, :, columns] = v_TKE[tokens].transpose(0, 1)
-
-    # ---- decode
-
-    def _decode(
-        self,
-        q_THE: Tensor,
-        k_TKE: Tensor,
-        v_TKE: Tensor,
-        piece: Piece,
-        live: Sequence[int],
-        held: HeldBands,
-    ) -> Tensor:
-        token_of = {row: token for token, row in enumerate(live)}
-        out_THE = torch.empty_like(q_THE)
-        for of_band in held:
-            band = of_band.band
-            places = [index for index, row in enumerate(band.rows) if row in token_of]
-            if not places:
-                continue
-            begin = token_of[band.rows[places[0]]]
-            tokens = slice(begin, begin + len(places))
-            q_NHE, k_NKE, v_NKE = q_THE[tokens], k_TKE[tokens], v_TKE[tokens]
-            index_N: Tensor | None = None
-            if len(places) < len(band.rows):
-                index_N = torch.tensor(places, device=q_THE.device)
-                q_NHE, k_NKE, v_NKE = (
-                    _scatter(x, index_N, len(band.rows)) for x in (q_NHE, k_NKE, v_NKE)
-                )
-            self._append_step(of_band, piece.start, k_NKE, v_NKE)
-            starts = tuple(self._start(row) - band.base for row in band.rows)
-            spec = AttentionSpec(
-                length=piece.stop - band.base,
-                scale=self._shape.scale,
-                starts=starts if any(starts) else None,
-            )
-            keys, values = self._pages(of_band, 0, len(band.rows))
-            o_NHE = self._backend.attention(q_NHE.unsqueeze(2), keys, values, spec).squeeze(2)
-            out_THE[tokens] = o_NHE if index_N is None else o_NHE[index_N]
-        return out_THE
-
-    def _append_step(self, held: _Held, column: int, k_NKE: Tensor, v_NKE: Tensor) -> None:
-        band = held.band
-        number = self._page_at(band, column)
-        if number == len(band.pages):
-            self._new_page(band, is_open=True)
-        keys_NKGE, values_NKGE = self._changing(held, number)
-        at = column - band.base - band.edges[number]
-        keys_NKGE[:, :, at] = k_NKE
-        values_NKGE[:, :, at] = v_NKE
-
-    # ---- pages
-
-    def _start(self, row: int) -> int:
+    def start(self, row: int) -> int:
         """The batch's column of a row's first token."""
         return self._columns - self._lengths[row]
 
-    def _page_at(self, band: _Band, column: int) -> int:
+    def page_at(self, band: Band, column: int) -> int:
         """The number of the page that a column of the batch is in."""
         own = column - band.base
         return next(number for number, stop in enumerate(band.edges[1:]) if own < stop)
 
-    def _page_bytes(self, band: _Band, number: int) -> int:
-        low, high = band.edges[number : number + 2]
-        return self._shape.page_bytes(len(band.rows), high - low)
-
-    def _ranges(self, held: _Held, number: int) -> list[tuple[int, int]] | None:
-        """Where in a page the held rows lie; None is all of it."""
-        low, high = held.band.edges[number : number + 2]
-        if held.end - held.begin == len(held.band.rows):
-            return None
-        return self._shape.row_ranges(held.begin, held.end, len(held.band.rows), high - low)
-
-    def _views(self, held: _Held, number: int) -> tuple[Tensor, Tensor]:
+    def views(self, held: Held, number: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the held rows of a page, each (N, K, G, E)."""
         low, high = held.band.edges[number : number + 2]
         lease = held.leases[number]
         if not lease.in_place:
-            return self._shape.views(lease.bytes_B, held.end - held.begin, high - low)
-        keys, values = self._shape.views(lease.bytes_B, len(held.band.rows), high - low)
+            return held.band.shape.views(lease.bytes_B, held.end - held.begin, high - low)
+        keys, values = held.band.shape.views(lease.bytes_B, len(held.band.rows), high - low)
         return keys[held.begin : held.end], values[held.begin : held.end]
 
-    def _changing(self, held: _Held, number: int) -> tuple[Tensor, Tensor]:
+    def changing(self, held: Held, number: int) -> tuple[Tensor, Tensor]:
         """The same, to be written to; what is not held of it yet is undefined."""
         if number not in held.leases:
             page, ranges = held.band.pages[number], self._ranges(held, number)
-            held.leases[number] = self._store.draft(page, ranges)
+            held.leases[number] = self._store.draft(page, ranges, held.near)
         held.changed.add(number)
-        return self._views(held, number)
+        return self.views(held, number)
 
-    def _pages(self, held: _Held, first: int, last: int) -> tuple[list[Tensor], list[Tensor]]:
+    def pages(self, held: Held, first: int, last: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of some of the held rows, page by page."""
-        views = [self._views(held, number) for number in sorted(held.leases)]
+        views = [self.views(held, number) for number in sorted(held.leases)]
         return [keys[first:last] for keys, _ in views], [values[first:last] for _, values in views]
 
-    def _new_page(self, band: _Band, *, is_open: bool) -> None:
+    def new_page(self, band: Band, *, is_open: bool) -> None:
+        """The band's next page, at its home; one that is open goes on growing for some steps."""
         num_bytes = self._page_bytes(band, len(band.pages))
         if band.home is not Tier.DISK or is_open:
             pool = self._store.pool(band.home)
@@ -439,7 +265,44 @@ class BatchCache:
         keep = self._store.keep_open if is_open else self._store.keep
         band.pages.append(keep("cache", num_bytes, band.home))
 
-    def _return(self, band: _Band, number: int, lease: Lease, stop: int) -> None:
+    # ---- inside
+
+    def _touched(self, layer: int, piece: Piece) -> HeldBands:
+        """The bands that the piece has rows of, nothing fetched yet."""
+        touched = []
+        for band in self._bands[layer]:
+            if piece.rows is None:
+                touched.append(Held(band, 0, len(band.rows), band.attended))
+                continue
+            # No row is shed before the first decode step, so a band's rows are a range.
+            begin, end = (
+                min(max(row - band.rows[0], 0), len(band.rows)) if band.rows else 0
+                for row in piece.rows
+            )
+            if begin < end:
+                touched.append(Held(band, begin, end, Tier.DEVICE))
+        return touched
+
+    def _needed(self, band: Band, piece: Piece) -> range:
+        """Numbers of the pages that hold what the piece attends to and does not bring itself."""
+        if piece.rows is None:
+            return range(len(band.pages))
+        if all(self.start(row) >= piece.start for row in range(*piece.rows)):
+            return range(0)
+        return range(self.page_at(band, piece.start - 1) + 1)
+
+    def _page_bytes(self, band: Band, number: int) -> int:
+        low, high = band.edges[number : number + 2]
+        return band.shape.page_bytes(len(band.rows), high - low)
+
+    def _ranges(self, held: Held, number: int) -> list[tuple[int, int]] | None:
+        """Where in a page the held rows lie; None is all of it."""
+        low, high = held.band.edges[number : number + 2]
+        if held.end - held.begin == len(held.band.rows):
+            return None
+        return self.shape.row_ranges(held.begin, held.end, len(held.band.rows), high - low)
+
+    def _return(self, band: Band, number: int, lease: Lease, stop: int) -> None:
         """Send a changed page home; for good, if its last column is filled.
 
         Unless that is the very last one, after which nothing is read any more.
@@ -451,33 +314,36 @@ class BatchCache:
             self._store.settle(kept)
             self._promise(band)
 
-    def _should_shrink(self, band: _Band, num_live: int) -> bool:
+    def _should_shrink(self, band: Band, num_live: int) -> bool:
         """Whether rewriting the pages pays, and there is room to do it page by page."""
         low_high = zip(band.edges, band.edges[1:], strict=False)
         return 2 * num_live < len(band.rows) and all(
-            self._store.has_room(self._shape.page_bytes(num_live, high - low), kept.home)
+            self._store.has_room(self.shape.page_bytes(num_live, high - low), kept.home)
             for (low, high), kept in zip(low_high, band.pages, strict=False)
         )
 
-    def _shrink(self, held: _Held, alive: set[int], stop: int) -> None:
+    def _shrink(self, held: Held, alive: set[int], stop: int) -> None:
         """Rewrite a band's pages without the rows that have ended."""
         band = held.band
         places = [index for index, row in enumerate(band.rows) if row in alive]
         rows = [band.rows[index] for index in places]
-        smaller = _Held(
-            _Band(
+        smaller = Held(
+            Band(
                 rows=rows,
                 home=band.home,
+                shape=band.shape,
+                attended=band.attended,
                 base=band.base,
                 edges=band.edges,
                 num_prompt_pages=band.num_prompt_pages,
             ),
             0,
             len(rows),
+            held.near,
         )
         for number, lease in sorted(held.leases.items()):
-            self._new_page(smaller.band, is_open=stop - band.base < band.edges[number + 1])
-            pairs = zip(self._changing(smaller, number), self._views(held, number), strict=True)
+            self.new_page(smaller.band, is_open=stop - band.base < band.edges[number + 1])
+            pairs = zip(self.changing(smaller, number), self.views(held, number), strict=True)
             for new_NKGE, old_NKGE in pairs:
                 new_NKGE.copy_(old_NKGE[torch.tensor(places, device=old_NKGE.device)])
             self._store.write_back(smaller.band.pages[number], smaller.leases[number])
@@ -486,18 +352,8 @@ class BatchCache:
         band.rows, band.pages = rows, smaller.band.pages
         self._promise(band)
 
-    def _drop_band(self, band: _Band) -> None:
+    def _drop_band(self, band: Band) -> None:
         for page in band.pages:
             self._store.drop(page)
         band.rows, band.pages = [], []
         self._promise(band)
-
-
-def _rows_first(x_THE: Tensor, num_rows: int) -> Tensor:
-    """Tokens of rows of equal length as (N, H, L, E); a view."""
-    return x_THE.view(num_rows, -1, *x_THE.shape[1:]).transpose(1, 2)
-
-
-def _scatter(x_THE: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
-    out_NHE = x_THE.new_zeros(num_rows, *x_THE.shape[1:])
-    return out_NHE.index_copy_(0, index_N, x_THE)

@@ -24,7 +24,7 @@ from flexport.engine.limits import default_budgets, dtype_for
 from flexport.engine.plan import Plan, model_sizes
 from flexport.engine.source import open_source
 from flexport.engine.trace import Trace
-from flexport.errors import DoesNotFit, OutOfMemory, UsageError
+from flexport.errors import DoesNotFit, OutOfMemory, PolicyError, UsageError
 from flexport.planner.auto import Choice, check, choose
 from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint, page_tokens_for
 from flexport.planner.halving import halved, left_over
@@ -255,7 +255,7 @@ class Engine:
         that was in flight.
         """
         plan = loaded.plan
-        policy = halved(plan.policy, plan.job.num_rows)
+        policy = halved(plan.policy, plan.job)
         if policy is None:
             raise OutOfMemory(
                 f"{error}; one row at a time ran out of memory, so no smaller block helps: keep less "
@@ -338,7 +338,8 @@ class Engine:
         preferred, unified = self._facts.page_tokens, self._facts.unified
         choice = self._choice
         if self._loaded is not None and self.plan is not None:  # what is loaded stays there
-            choice = replace(choice, weights=self.plan.policy.weights)
+            loaded = self.plan.policy
+            choice = replace(choice, weights=loaded.weights, cpu_projections=loaded.cpu_projections)
         policy = (
             policy
             or self._policy
@@ -351,6 +352,11 @@ class Engine:
                 fixed=choice,
             )
         )
+        if unified and (policy.cpu_attention or policy.cpu_projections):
+            raise PolicyError(
+                f"cpu_attention and cpu_projections are for a device with memory of its own; on "
+                f"{self._facts.name} it is the host's, and everything is computed where it lies"
+            )
         needs = self._footprint(job, policy)
         check(needs, policy, self.budgets)
         return Plan(

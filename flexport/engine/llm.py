@@ -46,6 +46,7 @@ class LLM:
         num_batches: int | None = None,
         prefill_tokens: int | None = None,
         sweep_tokens: int | None = None,
+        cpu_attention: Literal["auto", "on", "off"] = "auto",
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
@@ -73,6 +74,7 @@ class LLM:
             num_batches=num_batches,
             prefill_tokens=prefill_tokens,
             sweep_tokens=sweep_tokens,
+            cpu_attention=_switch("cpu_attention", cpu_attention),
         )
         if policy != "auto" and choice != Choice():
             raise PolicyError(
@@ -270,3 +272,10 @@ def _bytes(size: int | str | None) -> int | None:
         except ValueError as error:
             raise UsageError(str(error)) from error
     return size
+
+
+def _switch(name: str, value: str) -> bool | None:
+    """Whether "on" or "off" was asked for; None leaves it to the planner."""
+    if value not in ("auto", "on", "off"):
+        raise UsageError(f"{name} is 'auto', 'on' or 'off', got {value!r}")
+    return None if value == "auto" else value == "on"

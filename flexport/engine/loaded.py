@@ -15,6 +15,7 @@ from flexport.backend import Backend
 from flexport.engine.admission import Admission, Area
 from flexport.engine.clock import Clock
 from flexport.engine.generation import Generation
+from flexport.engine.host_compute import HostCompute
 from flexport.engine.pages import CacheShape
 from flexport.engine.plan import Plan
 from flexport.engine.report import report
@@ -26,6 +27,7 @@ from flexport.engine.work import JobWork, Purpose
 from flexport.errors import OutOfMemory
 from flexport.intake.pack import pack
 from flexport.records import Completion, Request
+from flexport.registry import CPU, open_backend
 from flexport.schedule.executor import execute
 from flexport.schedule.order import Rota
 from flexport.store.lanes import Watch
@@ -59,6 +61,7 @@ class Loaded:
         """The plan in force."""
         self._work_bytes = 0
         self._backend = backend
+        self._cpu: Backend | None = None
         self._watch = watch
         self.store = Store(backend, plan.budgets, offload_dir, watch)
         try:
@@ -66,8 +69,19 @@ class Loaded:
                 files = source.files
                 if files is None:
                     files = source.make_up(self.store.open_run_directory(), plan.dtype, seed)
-                layers = place_weights(self._spec, files, plan.policy.weights)
-                self.weights = ModelWeights(self._spec, layers, self.store, torch_dtype(plan.dtype))
+                layers = place_weights(
+                    self._spec,
+                    files,
+                    plan.policy.weights,
+                    projections_on_host=plan.policy.cpu_projections,
+                )
+                self.weights = ModelWeights(
+                    self._spec,
+                    layers,
+                    self.store,
+                    torch_dtype(plan.dtype),
+                    cpu_projections=plan.policy.cpu_projections,
+                )
                 self.weights.load()
         except OutOfMemory as error:
             self.close()
@@ -89,6 +103,7 @@ class Loaded:
     def follow(self, plan: Plan) -> None:
         """Go on with another plan that leaves the weights where they are."""
         assert plan.policy.weights == self.plan.policy.weights, (plan, self.plan)
+        assert plan.policy.cpu_projections == self.plan.policy.cpu_projections, plan
         self.store.device.unreserve(self._work_bytes)
         self._work_bytes = 0
         self.store.device.reserve(plan.needs.work_bytes)
@@ -136,6 +151,8 @@ class Loaded:
         if not self.closed:
             self.closed = True
             self.store.close()
+            if self._cpu is not None:
+                self._cpu.close()
             with suppress(Exception):  # a copy's error is this job's, and was told
                 self._backend.sync()
 
@@ -148,6 +165,7 @@ class Loaded:
         """
         plan, store = self.plan, self.store
         clock = Clock(self._watch)
+        host = self._host_compute()
         work = JobWork(
             self.weights,
             store,
@@ -155,8 +173,9 @@ class Loaded:
             purpose,
             clock,
             plan.needs,
+            host,
         )
-        admission = Admission(plan, self._cache_shape(), store, work, batches)
+        admission = Admission(plan, self._cache_shape(), store, work, batches, host)
         rota = Rota(
             self._spec.num_schedule_layers,
             plan.policy.sweep_tokens,
@@ -173,6 +192,7 @@ class Loaded:
                 plan=plan,
                 store=store,
                 clock=clock,
+                host_compute_s=host.busy_s if host is not None else 0.0,
                 lanes={
                     name: (moved - before[name][0], busy_s - before[name][1])
                     for name, (moved, busy_s) in store.lane_counts().items()
@@ -187,6 +207,8 @@ class Loaded:
                 for _ in execute(rota.visits(), work):
                     yield
                 store.drain()
+                if host is not None:
+                    host.close()
         except GeneratorExit:
             if not self.closed:  # else it was closed before its iterator
                 work.abandon()
@@ -202,6 +224,15 @@ class Loaded:
             self.close()
             raise
         self.report = told()
+
+    def _host_compute(self) -> HostCompute | None:
+        """The CPU beside the device, if the plan in force has work for it."""
+        policy = self.plan.policy
+        if not (policy.cpu_attention or policy.cpu_projections):
+            return None
+        if self._cpu is None:
+            _, self._cpu = open_backend(CPU)
+        return HostCompute(self._cpu, self.store, self._watch)
 
     def _cache_shape(self) -> CacheShape:
         """The shape of the model's cache under the plan in force."""

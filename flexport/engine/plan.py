@@ -35,6 +35,7 @@ def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> Model
         )
     heads_size = spec.num_heads * spec.head_dim
     kv_size = 2 * spec.num_kv_heads * spec.head_dim
+    projections = spec.hidden_size * (heads_size + kv_size)
     # The two peaks of a layer: attention (norm, q, k, v, output) and MLP (norm, up, down).
     wide = max(spec.hidden_size + 2 * heads_size + kv_size, spec.hidden_size + 2 * spec.mlp_size)
     return ModelSizes(
@@ -51,6 +52,9 @@ def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> Model
         # Scores and their softmax, in float32.
         score_bytes=spec.num_heads * 8,
         token_flops=flops_per_token(spec),
+        crossing_token_bytes=(2 * heads_size + kv_size) * item_bytes,
+        projection_bytes=spec.num_layers * projections * file_item_bytes,
+        projection_flops=spec.num_layers * 2 * projections,
         max_positions=spec.max_positions,
     )
 
@@ -115,11 +119,21 @@ class Plan:
         )
         pace = f", {policy.sweep_tokens} prompt tokens a sweep" if policy.sweep_tokens else ""
         shape = f"{policy.num_batches} x {policy.batch_size}"
+        on_cpu = [
+            name
+            for name, is_on in (
+                ("attention over the cache away from the device", policy.cpu_attention),
+                ("projections with host weights", policy.cpu_projections),
+            )
+            if is_on
+        ]
+        beside = [f"  decode steps use the CPU for {' and '.join(on_cpu)}"] if on_cpu else []
         return "\n".join(
             [
                 f"plan: {self.model} on {self.backend} in {self.dtype} ({self.dtype_reason})",
                 *_table(rows),
                 f"  {shape} rows share each sweep over the weights{streams}{pace}",
+                *beside,
             ]
         )
 

@@ -14,6 +14,7 @@ from flexport.engine.attempts import throughput
 from flexport.engine.clock import Clock
 from flexport.engine.plan import Plan
 from flexport.engine.rows import Done
+from flexport.engine.trace import HOST_COMPUTE
 from flexport.policy import Tier
 from flexport.store.store import Store
 
@@ -27,6 +28,7 @@ def report(
     plan: Plan,
     store: Store,
     clock: Clock,
+    host_compute_s: float,
     lanes: Mapping[str, tuple[int, float]],
     load_s: float,
     total_s: float,
@@ -34,7 +36,8 @@ def report(
 ) -> dict[str, Any]:
     """The report as plain data. Sizes are bytes, times seconds.
 
-    `lanes` has the bytes that each lane moved during the job, and the seconds it was busy.
+    host_compute_s is how long the CPU beside the device computed; `lanes` has the bytes that each
+    lane moved during the job, and the seconds it was busy.
     """
     seconds = {
         "load": load_s,
@@ -58,6 +61,7 @@ def report(
         "seconds": seconds,
         "busy_seconds": {
             "compute": clock.compute_s,
+            HOST_COMPUTE: host_compute_s,
             **{name: lane_busy_s for name, (_, lane_busy_s) in lanes.items()},
         },
         "wait_seconds": {"compute": clock.wait_s},

@@ -15,12 +15,22 @@ from typing import Any
 
 from flexport.errors import StorageError, UsageError
 
-__all__ = ["COMPUTE", "Trace"]
+__all__ = ["COMPUTE", "HOST_COMPUTE", "Trace"]
 
 COMPUTE = "compute"
 """The lane that is no link."""
 
-LANES = ("disk_to_host", "host_to_device", COMPUTE, "device_to_host", "host_to_disk")
+HOST_COMPUTE = "host_compute"
+"""What the CPU computes beside the device; a part of the time that `compute` shows."""
+
+LANES = (
+    "disk_to_host",
+    "host_to_device",
+    COMPUTE,
+    HOST_COMPUTE,
+    "device_to_host",
+    "host_to_disk",
+)
 """From top to bottom, as bytes go."""
 
 MOST_THREADS = 64

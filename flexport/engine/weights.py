@@ -4,7 +4,9 @@ Each layer is cut by the weight split into resident and streamed parts. Resident
 and decoded once, when the run opens (and packed for the backend's kernel where it can do that);
 streamed ones come as at most two bundles a layer and sweep, one from the host and one from
 disk: the byte ranges of the checkpoint's own files, read in place. Tables that are only read by
-rows (token and position embeddings) never stream: the rows in need are fetched.
+rows (token and position embeddings) never stream: the rows in need are fetched. Where a CPU stands
+beside the device and the policy has it project, what is at home on the host of the query, key and
+value matrices streams in sweeps with prompts only; in others the CPU multiplies with it there.
 
 Dimension key: T tokens, D features in, F features out or of a table's row, R rows of a part.
 """
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flexport.backend import Backend, PacksWeights
+from flexport.engine.host_compute import HostCompute
 from flexport.engine.transfer import to_device
 from flexport.models.spec import ModelSpec, TensorSpec, owned_tensors
 from flexport.planner.footprint import layer_splits
@@ -31,6 +34,9 @@ from flexport.store.store import FileRun, Kept, Lease, Store
 from flexport.torch_ops import as_tensor, torch_dtype
 
 __all__ = ["LayerLease", "ModelWeights", "Shard", "place_weights"]
+
+PROJECTION_SLOTS = ("q.weight", "k.weight", "v.weight")
+"""What the CPU may multiply with in place of its being streamed."""
 
 MERGE_BYTES = 8 << 10
 """Ranges of a file closer than this are read as one. Reading them apart would take as much memory,
@@ -68,9 +74,17 @@ class Shard:
 
 
 def place_weights(
-    spec: ModelSpec, files: Mapping[str, FileTensor], split: Split
+    spec: ModelSpec,
+    files: Mapping[str, FileTensor],
+    split: Split,
+    *,
+    projections_on_host: bool = False,
 ) -> list[list[Shard]]:
-    """The shards of each layer of the schedule, by the weight split."""
+    """The shards of each layer of the schedule, by the weight split.
+
+    With projections_on_host, what is on the host of a layer is first of all what the CPU can
+    multiply with.
+    """
     found_layers = [
         [
             (tensor, next(files[name] for name in tensor.names if name in files))
@@ -85,6 +99,8 @@ def place_weights(
         dealer = dealers.setdefault(own, Dealer(own))
         # Vectors first: they are the last that should stream, being used by every visit.
         ordered = sorted(found, key=lambda pair: len(pair[0].shape) > 1)
+        if projections_on_host:
+            ordered = _with_projections_after(ordered, own.device)
         parts = dealer.cut([(f.shape[0], f.num_bytes // f.shape[0]) for _, f in ordered])
         layers.append(
             [
@@ -99,6 +115,20 @@ def place_weights(
             ]
         )
     return layers
+
+
+def _with_projections_after(
+    ordered: Sequence[tuple[TensorSpec, FileTensor]], share: float
+) -> list[tuple[TensorSpec, FileTensor]]:
+    """The same, with query, key and value matrices right after the first `share` of the bytes."""
+    others = [pair for pair in ordered if pair[0].slot not in PROJECTION_SLOTS]
+    projections = [pair for pair in ordered if pair[0].slot in PROJECTION_SLOTS]
+    before_bytes = share * sum(file.num_bytes for _, file in ordered)
+    at = 0
+    while at < len(others) and before_bytes > 0:
+        before_bytes -= others[at][1].num_bytes
+        at += 1
+    return [*others[:at], *projections, *others[at:]]
 
 
 class _Bundle:
@@ -142,9 +172,16 @@ class ModelWeights:
     """All layers' weights; open for as long as the run."""
 
     def __init__(
-        self, spec: ModelSpec, layers: Sequence[Sequence[Shard]], store: Store, dtype: torch.dtype
+        self,
+        spec: ModelSpec,
+        layers: Sequence[Sequence[Shard]],
+        store: Store,
+        dtype: torch.dtype,
+        *,
+        cpu_projections: bool = False,
     ) -> None:
         self.spec = spec
+        self._cpu_projections = cpu_projections
         self._store = store
         self._backend = store.backend
         self._dtype = dtype
@@ -153,6 +190,8 @@ class ModelWeights:
             defaultdict(list) for _ in layers
         ]
         self._streams: list[list[tuple[_Bundle, Kept]]] = [[] for _ in layers]
+        self._projections: list[list[tuple[_Bundle, Kept]]] = [[] for _ in layers]
+        """Bundles that stay on the host while the CPU multiplies with them."""
         self._on_host: dict[Shard, Tensor] = {}
         for shards in layers:
             for shard in shards:
@@ -164,19 +203,34 @@ class ModelWeights:
             self._store.label = f"layer {layer}"
             self._load_layer(layer, shards)
 
-    def staging_bytes(self, layer: int) -> tuple[int, int]:
-        """Device and host bytes that fetching the layer takes, decoded copies included."""
+    def staging_bytes(self, layer: int, *, on_host: bool = False) -> tuple[int, int]:
+        """Device and host bytes that fetching the layer takes, decoded copies included.
+
+        With `on_host`, the CPU multiplies with what it can.
+        """
         device_bytes, host_bytes = 0, 0
-        for bundle, kept in self._streams[layer]:
+        for bundle, kept in self._streamed(layer, on_host):
             for_device, for_host = self._store.staging_bytes(kept)
             device_bytes += for_device + decoded_bytes(bundle.shards, self._dtype)
             host_bytes += for_host
         return device_bytes, host_bytes
 
-    def fetch(self, layer: int) -> LayerLease:
-        """Start streaming a layer."""
-        leases = [(bundle, kept, self._store.fetch(kept)) for bundle, kept in self._streams[layer]]
-        return LayerLease(self, self._store, self._resident[layer], leases, self._dtype)
+    def fetch(self, layer: int, host: HostCompute | None = None) -> LayerLease:
+        """Start streaming a layer; given a CPU, without what that multiplies with."""
+        leases = [
+            (bundle, kept, self._store.fetch(kept))
+            for bundle, kept in self._streamed(layer, host is not None)
+        ]
+        on_host: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+        for bundle, _ in self._projections[layer] if host is not None else ():
+            for shard in bundle.shards:
+                on_host[shard.tensor.slot].append((shard.begin, self._on_host[shard]))
+        return LayerLease(
+            self, self._store, self._resident[layer], leases, self._dtype, host, on_host
+        )
+
+    def _streamed(self, layer: int, on_host: bool) -> list[tuple[_Bundle, Kept]]:
+        return [*self._streams[layer], *([] if on_host else self._projections[layer])]
 
     def rows(self, slot: str, ids_T: Tensor) -> Tensor:
         """Rows of a table, (T, F) on the device; `ids_T` is int64 in host memory."""
@@ -212,12 +266,28 @@ class ModelWeights:
             away = [shard for shard in shards if shard.tier is tier and tier not in near]
             streams = [shard for shard in away if shard.tensor.kind != "table"]
             tables = [shard for shard in away if shard.tensor.kind == "table"]
-            if streams:
-                bundle = _Bundle(streams)
-                keep = self._keep_on_host if tier is Tier.HOST else self._keep_in_files
-                self._streams[layer].append((bundle, keep(bundle)))
+            projections = [
+                shard for shard in streams if tier is Tier.HOST and self._is_projection(shard)
+            ]
+            streams = [shard for shard in streams if shard not in projections]
+            keep = self._keep_on_host if tier is Tier.HOST else self._keep_in_files
+            for shards_of, bundles in (
+                (streams, self._streams[layer]),
+                (projections, self._projections[layer]),
+            ):
+                if shards_of:
+                    bundle = _Bundle(shards_of)
+                    bundles.append((bundle, keep(bundle)))
             if tables and tier is Tier.HOST:
                 self._keep_on_host(_Bundle(tables))
+
+    def _is_projection(self, shard: Shard) -> bool:
+        """Whether the CPU may multiply with the shard, as it lies."""
+        return (
+            self._cpu_projections
+            and shard.tensor.slot in PROJECTION_SLOTS
+            and torch_dtype(shard.file.dtype) == self._dtype
+        )
 
     def _make_resident(self, layer: int, shards: Sequence[Shard]) -> None:
         bundle = _Bundle(shards)
@@ -285,7 +355,12 @@ class LayerLease:
         resident: Mapping[str, list[tuple[int, Tensor]]],
         leases: Sequence[tuple[_Bundle, Kept, Lease]],
         dtype: torch.dtype,
+        host: HostCompute | None = None,
+        on_host: Mapping[str, list[tuple[int, Tensor]]] | None = None,
     ) -> None:
+        """`on_host` are parts of matrices, with their first rows, that `host` multiplies with."""
+        self._host = host
+        self._on_host = on_host or {}
         self._model = model
         self._store = store
         self._backend: Backend = store.backend
@@ -293,7 +368,8 @@ class LayerLease:
         self._leases = leases
         self._dtype = dtype
         self._decoded: list[Buffer] = []
-        self._parts: dict[str, list[Tensor]] | None = None
+        self._parts: dict[str, list[tuple[int, Tensor]]] | None = None
+        """Parts of each tensor on the device, each with its first row, in their order."""
 
     def wait(self) -> None:
         """Order what is computed from now on after the streams, and decode what they brought."""
@@ -307,32 +383,49 @@ class LayerLease:
             for shard, view in bundle.views(lease.bytes_B, kept):
                 parts.setdefault(shard.tensor.slot, []).append((shard.begin, self._decode(view)))
         self._parts = {
-            slot: [tensor for _, tensor in sorted(tensors, key=lambda part: part[0])]
-            for slot, tensors in parts.items()
+            slot: sorted(tensors, key=lambda part: part[0]) for slot, tensors in parts.items()
         }
 
     join = wait
 
     def linear(self, x_TD: Tensor, part: str) -> Tensor:
         """x @ weight.T, plus the bias if there is one: (T, F)."""
-        weights = self._slot(f"{part}.weight")
-        bias_F = self.vector(f"{part}.bias") if f"{part}.bias" in self._all() else None
-        if len(weights) == 1:
-            return self._backend.matmul(x_TD, weights[0], bias_F)
-        pieces, begin = [], 0
-        for weight_RD in weights:
-            end = begin + weight_RD.shape[0]
-            bias_R = None if bias_F is None else bias_F[begin:end]
-            pieces.append(self._backend.matmul(x_TD, weight_RD, bias_R))
-            begin = end
-        return torch.cat(pieces, dim=-1)
+        return self.linears(x_TD, (part,))[0]
+
+    def linears(self, x_TD: Tensor, parts: Sequence[str]) -> list[Tensor]:
+        """The same for several parts; x crosses to the CPU once, while the device computes."""
+        far = [(part, *own) for part in parts for own in self._on_host.get(f"{part}.weight", ())]
+        crossing = self._host.send([x_TD]) if self._host is not None and far else None
+        pieces = {part: self._near_products(x_TD, part) for part in parts}
+        if crossing is not None and self._host is not None:
+            (x_on_host_TD,) = crossing.receive()
+            for part, begin, weight_RD in far:
+                out_TR = x_TD.new_empty(x_TD.shape[0], weight_RD.shape[0])
+                self._host.bring(self._host.matmul(x_on_host_TD, weight_RD), out_TR)
+                bias_F = self._bias(part)
+                if bias_F is not None:
+                    out_TR += bias_F[begin : begin + weight_RD.shape[0]]
+                pieces[part].append((begin, out_TR))
+            crossing.release()
+        return [_side_by_side(pieces[part]) for part in parts]
+
+    def _near_products(self, x_TD: Tensor, part: str) -> list[tuple[int, Tensor]]:
+        """What the device computes of a product, each with its first feature."""
+        bias_F, products = self._bias(part), []
+        for begin, weight_RD in self._all().get(f"{part}.weight", ()):
+            bias_R = None if bias_F is None else bias_F[begin : begin + weight_RD.shape[0]]
+            products.append((begin, self._backend.matmul(x_TD, weight_RD, bias_R)))
+        return products
+
+    def _bias(self, part: str) -> Tensor | None:
+        return self.vector(f"{part}.bias") if f"{part}.bias" in self._all() else None
 
     def vector(self, slot: str) -> Tensor:
         """A whole vector."""
-        parts = self._slot(slot)
+        parts = self._all()[slot]
         if len(parts) > 1:
-            parts[:] = [torch.cat(parts)]
-        return parts[0]
+            parts[:] = [(0, torch.cat([part for _, part in parts]))]
+        return parts[0][1]
 
     def rows(self, part: str, ids_T: Tensor) -> Tensor:
         """Rows of a table; those of a tied token table are the head's."""
@@ -349,12 +442,9 @@ class LayerLease:
             lease.release()
         self._leases = ()
 
-    def _all(self) -> dict[str, list[Tensor]]:
+    def _all(self) -> dict[str, list[tuple[int, Tensor]]]:
         assert self._parts is not None, "the weights were not waited for"
         return self._parts
-
-    def _slot(self, slot: str) -> list[Tensor]:
-        return self._all()[slot]
 
     def _decode(self, view: Tensor) -> Tensor:
         if view.dtype == self._dtype:
@@ -362,3 +452,10 @@ class LayerLease:
         buffer = self._store.device.take(view.numel() * self._dtype.itemsize)
         self._decoded.append(buffer)
         return as_tensor(buffer.bytes_B, 0, view.shape, self._dtype).copy_(view)
+
+
+def _side_by_side(pieces: list[tuple[int, Tensor]]) -> Tensor:
+    """Parts of a product, each with its first feature, as one tensor."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda part: part[0])], dim=-1)

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from flexport.backend import Ticket
+from flexport.engine.attend import PieceAttention, attend_to
 from flexport.engine.cache import HeldBands
 from flexport.engine.clock import Clock
 from flexport.engine.hidden import HiddenStates
+from flexport.engine.host_compute import HostCompute
 from flexport.engine.rows import Batch, Row
 from flexport.engine.transfer import to_device
 from flexport.engine.weights import LayerLease, ModelWeights
-from flexport.models.decoder import Attend, decoder_layer, embed, head
+from flexport.models.decoder import decoder_layer, embed, head
 from flexport.planner.footprint import HEAD_TOKENS, Footprint
 from flexport.policy import Split
 from flexport.process import trim_heap
@@ -73,13 +75,18 @@ class JobWork:
         purpose: Purpose,
         clock: Clock,
         needs: Footprint,
+        host: HostCompute | None = None,
     ) -> None:
-        """What is fetched ahead leaves free what `needs` says the rest will take."""
+        """What is fetched ahead leaves free what `needs` says the rest will take.
+
+        `host` is the CPU beside the device, where the policy asks for one.
+        """
         self.batches: dict[int, Batch] = {}
         """Those whose last row has not ended, or for which something is still fetched ahead."""
         self._spec = weights.spec
         self._weights = weights
         self._store = store
+        self._host = host
         self._hidden = HiddenStates(store, activations)
         self._purpose = purpose
         self._clock = clock
@@ -101,7 +108,9 @@ class JobWork:
         if any(_same_pages(visit, other) for other in self._ahead):
             return False
         device_bytes, host_bytes = (
-            self._weights.staging_bytes(visit.layer) if visit.first else (0, 0)
+            self._weights.staging_bytes(visit.layer, on_host=self._projecting(visit) is not None)
+            if visit.first
+            else (0, 0)
         )
         for batch, piece in self._attending(visit):
             pages = batch.cache.staging_bytes(visit.layer - 1, piece)
@@ -118,7 +127,9 @@ class JobWork:
         """Start what streams to the visit: its layer's weights if it is the first, its pages."""
         self._store.label = f"layer {visit.layer}"
         if visit.first:
-            self._layers[visit.sweep, visit.layer] = self._weights.fetch(visit.layer)
+            self._layers[visit.sweep, visit.layer] = self._weights.fetch(
+                visit.layer, self._projecting(visit)
+            )
         for batch, piece in self._attending(visit):
             self._store.label = f"layer {visit.layer}, batch {batch.index}"
             self._held[visit.layer, piece] = batch.cache.fetch(visit.layer - 1, piece)
@@ -188,6 +199,8 @@ class JobWork:
         for layer in self._layers.values():
             layer.release()
         self._hidden.close()
+        if self._host is not None:
+            self._host.close()
         for batch in self.batches.values():
             batch.cache.drop()
         self._held.clear()
@@ -207,14 +220,21 @@ class JobWork:
 
     def _decoder_layer(self, visit: Visit, parts: Sequence[_Part], layer: LayerLease) -> None:
         x_TD = self._hidden.take(visit.pieces)
-        attends = []
-        for batch, piece in parts:
-            live = batch.live(piece)
-            held = self._held[visit.layer, piece]
-            attend = batch.cache.attend(piece, live, held, batch.keeps(piece))
-            attends.append((batch.num_tokens(piece), attend))
-        attend = attends[0][1] if len(attends) == 1 else _side_by_side(attends)
-        self._hidden.put(visit.pieces, decoder_layer(self._spec, layer, x_TD, attend))
+        pieces = [
+            PieceAttention(
+                self._store.backend,
+                self._host,
+                batch.cache,
+                piece,
+                batch.live(piece),
+                self._held[visit.layer, piece],
+                num_tokens=batch.num_tokens(piece),
+                keep=batch.keeps(piece),
+            )
+            for batch, piece in parts
+        ]
+        x_TD = decoder_layer(self._spec, layer, x_TD, attend_to(pieces))
+        self._hidden.put(visit.pieces, x_TD)
 
     def _head(self, key: Pieces, parts: Sequence[_Part], layer: LayerLease) -> None:
         x_TD = self._hidden.take(key)
@@ -250,6 +270,10 @@ class JobWork:
         """The same, for a layer that has a cache."""
         return self._parts(visit) if 0 < visit.layer < self._spec.head_layer else []
 
+    def _projecting(self, visit: Visit) -> HostCompute | None:
+        """The CPU, if it multiplies with what is at home there in the visit's sweep."""
+        return self._host if visit.steps_only else None
+
     def _headroom(self) -> tuple[int, int]:
         """What has to stay free: for what computing leaves, for states and for batches to come."""
         used = self._hidden.used_bytes
@@ -282,19 +306,6 @@ def _same_pages(visit: Visit, other: Visit) -> bool:
     return visit.layer == other.layer and any(
         piece.shares_rows_with(before) for piece in visit.pieces for before in other.pieces
     )
-
-
-def _side_by_side(attends: Sequence[tuple[int, Attend]]) -> Attend:
-    """Attention of pieces whose tokens lie end to end: (number of tokens, how they attend)."""
-
-    def attend(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        sizes = [num_tokens for num_tokens, _ in attends]
-        parts = zip(
-            attends, q_THE.split(sizes), k_TKE.split(sizes), v_TKE.split(sizes), strict=True
-        )
-        return torch.cat([one(q, k, v) for (_, one), q, k, v in parts])
-
-    return attend
 
 
 def _groups(

@@ -12,7 +12,7 @@ gives, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -38,6 +38,9 @@ class Weights(Protocol):
 
         A new tensor (T, F) that the decoder may write to.
         """
+
+    def linears(self, x_TD: Tensor, parts: Sequence[str]) -> list[Tensor]:
+        """The products of one x with several parts."""
 
     def vector(self, slot: str) -> Tensor:
         """A norm's weight or bias, on the device, in the dtype computed in."""
@@ -66,13 +69,14 @@ def decoder_layer(spec: ModelSpec, weights: Weights, x_TD: Tensor, attend: Atten
     num_tokens = x_TD.shape[0]
 
     h_TD = _norm(spec, weights, x_TD, "attention_norm") if before else x_TD
-    q_THE = weights.linear(h_TD, "q").view(num_tokens, spec.num_heads, spec.head_dim)
-    k_TKE = weights.linear(h_TD, "k").view(num_tokens, spec.num_kv_heads, spec.head_dim)
-    v_TKE = weights.linear(h_TD, "v").view(num_tokens, spec.num_kv_heads, spec.head_dim)
+    q_TF, k_TF, v_TF = weights.linears(h_TD, ("q", "k", "v"))
+    q_THE = q_TF.view(num_tokens, spec.num_heads, spec.head_dim)
+    k_TKE = k_TF.view(num_tokens, spec.num_kv_heads, spec.head_dim)
+    v_TKE = v_TF.view(num_tokens, spec.num_kv_heads, spec.head_dim)
     # From here on the norm's output is garbage; a wide visit has no room for garbage.
     del h_TD
     o_TF = attend(q_THE, k_TKE, v_TKE).reshape(num_tokens, spec.num_heads * spec.head_dim)
-    del q_THE, k_TKE, v_TKE
+    del q_TF, k_TF, v_TF, q_THE, k_TKE, v_TKE
     x_TD.add_(weights.linear(o_TF, "out"))
     del o_TF
     if not before:

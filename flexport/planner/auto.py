@@ -18,7 +18,7 @@ from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprin
 from flexport.policy import Budgets, Policy, Split
 from flexport.units import format_bytes, parse_bytes
 
-__all__ = ["Choice", "Rates", "check", "choose", "predicted_tok_s"]
+__all__ = ["Choice", "Rates", "check", "choose", "predicted_tok_s", "typical_rates"]
 
 BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BATCH_ROWS = 64
@@ -55,6 +55,21 @@ class Rates:
     """Two server cores with bfloat16 instructions."""
     half_rows: int = 16
     """Rows of a product at which the matrix kernel reaches half its rate."""
+    host_memory_bytes_per_s: float = 20e9
+    """What the CPU beside a device reads a cache at: two cores' decode attention."""
+    host_flops_per_s: float = 4e11
+    """What it multiplies at, of a few rows: two server cores with bfloat16 instructions."""
+
+
+def typical_rates(unified: bool) -> Rates:
+    """Rates for machines that nobody has measured: two server cores, or a T4 beside them.
+
+    A T4 reads memory at 320 GB/s and multiplies at 65 TFLOP/s (NVIDIA's datasheet); FlexGen's
+    cost model, fitted on one, has 21 TFLOP/s for prompts.
+    """
+    if unified:
+        return Rates()
+    return Rates(memory_bytes_per_s=2e11, flops_per_s=2.1e13, half_rows=64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +83,8 @@ class Choice:
     num_batches: int | None = None
     prefill_tokens: int | None = None
     sweep_tokens: int | None = None
+    cpu_attention: bool | None = None
+    cpu_projections: bool | None = None
 
 
 def choose(
@@ -81,7 +98,7 @@ def choose(
     rates: Rates | None = None,
 ) -> Policy:
     """The best policy that fits. Raises DoesNotFit, with the smallest memory that would do."""
-    fixed, rates = fixed or Choice(), rates or Rates()
+    fixed, rates = fixed or Choice(), rates or typical_rates(unified)
 
     def needs(policy: Policy) -> Footprint:
         return footprint(model, job, policy, page_tokens, unified)
@@ -93,8 +110,7 @@ def choose(
     for block in _blocks(model, job, fixed):
         # A byte of weights in memory spares one in every sweep, one of the cache a little less.
         for cache_first in (False, True):
-            policy = _filled(block, fixed, cache_first, unified, fits)
-            if fits(policy):
+            for policy in _candidates(block, fixed, cache_first, unified, fits):
                 score = predicted_tok_s(model, job, policy, rates, unified)
                 worth = WORTH if policy.sweep_tokens else 1.001
                 if best is None or score > best[0] * worth:
@@ -178,18 +194,32 @@ class _Sweeps:
         mean_tokens = self.job.prompt_tokens + self.job.new_tokens / 2
         cache_bytes = rows * mean_tokens * model.cache_token_bytes
         disk_bytes = policy.weights.disk * model.stream_bytes + policy.cache.disk * cache_bytes
-        link_bytes = 0.0
+        efficiency = product_tokens / (product_tokens + rates.half_rows)
+        flops = (prompt_tokens + rows) * model.token_flops
+        link_bytes = attended_on_host_bytes = host_s = 0.0
         if not self.unified:
             weights, cache = policy.weights, policy.cache
             link_bytes = (weights.disk + weights.host) * model.stream_bytes
-            link_bytes += (cache.disk + cache.host) * cache_bytes
-        efficiency = product_tokens / (product_tokens + rates.half_rows)
-        flops = (prompt_tokens + rows) * model.token_flops
+            far_bytes = (cache.disk + cache.host) * cache_bytes
+            if policy.cpu_attention:
+                attended_on_host_bytes = far_bytes
+                crossing_rows = (cache.disk + cache.host) * rows
+                far_bytes = crossing_rows * model.crossing_token_bytes * model.num_layers
+            link_bytes += far_bytes
+            if policy.cpu_projections and not prompt_tokens:
+                # Where a layer is cut, these matrices are the first to be on the host.
+                share = min(1.0, weights.host * model.stream_bytes / model.projection_bytes)
+                link_bytes -= share * model.projection_bytes
+                host_s = share * rows * model.projection_flops / rates.host_flops_per_s
+                flops -= share * rows * model.projection_flops
+        attention_s = max(
+            (cache_bytes - attended_on_host_bytes) / rates.memory_bytes_per_s,
+            attended_on_host_bytes / rates.host_memory_bytes_per_s,
+        )
         return max(
             disk_bytes / rates.disk_bytes_per_s,
             link_bytes / rates.link_bytes_per_s,
-            flops / max(1.0, rates.flops_per_s * efficiency)
-            + cache_bytes / rates.memory_bytes_per_s,
+            flops / max(1.0, rates.flops_per_s * efficiency) + attention_s + host_s,
         )
 
 
@@ -238,6 +268,26 @@ def _paced(size: int, job: JobSizes, fixed: Choice) -> tuple[int, int, int] | No
     # What comes in at this pace is what ends, when all slots are in use.
     rows_a_sweep = (num_batches - 1) * batch_size / (job.new_tokens - 1)
     return batch_size, num_batches, math.ceil(rows_a_sweep * job.prompt_tokens)
+
+
+def _candidates(
+    block: Policy,
+    fixed: Choice,
+    cache_first: bool,
+    unified: bool,
+    fits: Callable[[Policy], bool],
+) -> Iterator[Policy]:
+    """Policies of one block that fit, the CPU beside the device doing the least first."""
+    free = (False,) if unified else (False, True)
+    for attends in free if fixed.cpu_attention is None else (fixed.cpu_attention,):
+        asked = replace(block, cpu_attention=attends)
+        policy = _filled(asked, fixed, cache_first, unified, fits)
+        for projects in free if fixed.cpu_projections is None else (fixed.cpu_projections,):
+            candidate = replace(policy, cpu_projections=projects)
+            if fits(candidate):
+                yield candidate
+        if policy.cache.device == 1:
+            return  # there is no cache that the CPU could attend to
 
 
 def _filled(

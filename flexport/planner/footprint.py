@@ -70,6 +70,12 @@ class ModelSizes:
     """Attention scores of one row and column in a decode step."""
     token_flops: int
     """Multiplications and additions of one token."""
+    crossing_token_bytes: int
+    """Queries, new keys and values, and results of one token in one layer."""
+    projection_bytes: int
+    """Query, key and value matrices of all layers, as they lie on disk."""
+    projection_flops: int
+    """Of token_flops, those of these matrices."""
     max_positions: int
     """The longest row the model takes."""
 
@@ -239,6 +245,7 @@ def footprint(
         rows = max(1, min(rows, job.num_rows))
     batch_rows = min(policy.batch_size, rows)
     visit_rows = batch_rows
+    is_chunked = policy.sweep_tokens > 0 or job.prompt_tokens > policy.visit_tokens
     if policy.sweep_tokens:
         visit_rows = max(batch_rows, min(rows, policy.prefill_tokens))
     num_batches = -(-rows // batch_rows)
@@ -274,6 +281,8 @@ def footprint(
     # Pages of this visit and of the next one.
     cuts = -(-visit_rows // batch_rows)
     pages_bytes = 2 * _rows_of(visit_rows, cache_far, cuts) * layer_row_bytes
+    if policy.cpu_attention and not is_chunked:
+        pages_bytes = 0.0  # decode steps leave them on the host, and no other piece needs them
     disk_pages_bytes = 2 * _rows_of(visit_rows, policy.cache.disk, cuts) * layer_row_bytes
     # Pages of two visits may be under way to their home while a third one is computed.
     drafts_bytes = 3 * _written_bytes(model, job, policy, visit_rows, page_tokens, cache_far)
@@ -305,6 +314,7 @@ def footprint(
                 * (
                     drafts_bytes * (policy.cache.disk > 0)
                     + states_bytes * (policy.activations.disk > 0)
+                    + _beside_bytes(model, job, policy, visit_rows, num_batches)
                 )
             ),
         ),
@@ -380,6 +390,21 @@ def _written_bytes(
     prompt_rows = max(1, min(-(-prompt_tokens // longest), visit_rows))
     all_bytes = prompt_rows * chunk + visit_rows * newest
     return min(all_bytes, share * all_bytes + CUT_ROWS * (chunk + newest))
+
+
+def _beside_bytes(
+    model: ModelSizes, job: JobSizes, policy: Policy, visit_rows: int, num_batches: int
+) -> float:
+    """Host memory that a CPU beside the device takes for what crosses, and for computing."""
+    # What was brought to the device before may still be on its way.
+    crossing_bytes = 2 * visit_rows * model.crossing_token_bytes
+    num_bytes = 0.0
+    if policy.cpu_attention and policy.cache.device < 1:
+        num_bytes += crossing_bytes + visit_rows * job.columns * model.score_bytes
+        num_bytes += 4 * num_batches * GRAIN_BYTES
+    if policy.cpu_projections and policy.weights.host > 0:
+        num_bytes += crossing_bytes + 2 * visit_rows * model.hidden_token_bytes + 8 * GRAIN_BYTES
+    return num_bytes
 
 
 def _states_bytes(model: ModelSizes, tokens: int, share: float) -> float:

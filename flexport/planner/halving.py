@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flexport.planner.footprint import Footprint
+from flexport.planner.footprint import Footprint, JobSizes
 from flexport.policy import Budgets, Policy
 
 __all__ = ["halved", "left_over"]
@@ -13,15 +13,16 @@ FEWEST_TOKENS = 128
 """Of a visit: below this a matrix kernel is far from its rate, and has little left to give up."""
 
 
-def halved(policy: Policy, num_rows: int | None) -> Policy | None:
+def halved(policy: Policy, job: JobSizes) -> Policy | None:
     """The policy with half the rows in flight and the same shares; None if there is only one row.
 
-    `num_rows` is how many the job has, if it has an end. Batches go first, since products of many
-    rows are the faster ones, then the rows of a batch. The tokens of a visit are halved with
-    them, since what kernels need beside their results grows with these, and the pace of a paced
-    block, which is to stay in proportion. So on no tier does it take more than before.
+    Batches go first, since products of many rows are the faster ones, then the rows of a batch.
+    The tokens of a visit are halved with them, since what kernels need beside their results grows
+    with these, and the pace of a paced block, which is to stay in proportion. But prompts that
+    were computed whole stay whole: pieces of one look back at its cache. So on no tier does it
+    take more than before.
     """
-    rows = policy.block_size if num_rows is None else min(policy.block_size, num_rows)
+    rows = policy.block_size if job.num_rows is None else min(policy.block_size, job.num_rows)
     if rows <= 1:
         return None
     batch_size = min(policy.batch_size, rows)
@@ -30,12 +31,13 @@ def halved(policy: Policy, num_rows: int | None) -> Policy | None:
         num_batches //= 2
     else:
         batch_size //= 2
-    fewest = min(policy.prefill_tokens, FEWEST_TOKENS)
+    is_whole = job.prompt_tokens <= policy.visit_tokens and not policy.sweep_tokens
+    fewest = max(FEWEST_TOKENS, job.prompt_tokens if is_whole else 0)
     return replace(
         policy,
         batch_size=batch_size,
         num_batches=num_batches,
-        prefill_tokens=max(fewest, policy.prefill_tokens // 2),
+        prefill_tokens=min(policy.prefill_tokens, max(fewest, policy.prefill_tokens // 2)),
         sweep_tokens=-(-policy.sweep_tokens // 2),
     )
 

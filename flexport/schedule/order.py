@@ -58,6 +58,8 @@ class Visit:
     """No earlier visit of this sweep needs the layer's weights."""
     last: bool
     """No later visit of this sweep needs the layer's weights."""
+    steps_only: bool
+    """The whole sweep consists of decode steps."""
 
 
 class BatchPlan:
@@ -160,6 +162,7 @@ def joined(pieces: Iterable[Piece], max_tokens: int) -> list[tuple[Piece, ...]]:
 
 def zigzag(sweep: int, num_layers: int, groups: Sequence[tuple[Piece, ...]]) -> Iterator[Visit]:
     """All pieces pass a layer before any passes the next one."""
+    steps_only = all(piece.rows is None for pieces in groups for piece in pieces)
     for layer in range(num_layers):
         for index, pieces in enumerate(groups):
             yield Visit(
@@ -168,6 +171,7 @@ def zigzag(sweep: int, num_layers: int, groups: Sequence[tuple[Piece, ...]]) -> 
                 pieces=pieces,
                 first=index == 0,
                 last=index == len(groups) - 1,
+                steps_only=steps_only,
             )
 
 

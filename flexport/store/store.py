@@ -1,7 +1,7 @@
 """The tiered store: bundles of bytes at home on a tier, and leases of them on the device.
 
-A bundle is kept at one home. `fetch` leases its bytes on the device: in place where the home is
-device memory (or host memory that the device shares), else through staging buffers from the same
+A bundle is kept at one home. `fetch` leases its bytes near the device, or near the CPU: in place
+where the home is that memory (or one that it shares), else through staging buffers from the same
 capped pools, filled by the lanes. `draft` leases room for a bundle that has no content yet, and
 `write_back` sends a lease home. The store keeps the last ticket of every bundle, so a fetch
 starts behind a write-back of the same bundle, and nobody else has to think of it.
@@ -76,13 +76,13 @@ Ranges = Sequence[tuple[int, int]]
 
 
 class Lease:
-    """A bundle's bytes on the device, from when `ticket` is done until `release`.
+    """A bundle's bytes where they are to be used, from when `ticket` is done until `release`.
 
     Where only parts of the bundle were asked for, a lease in place shows all of it, and any other
     one these parts end to end.
     """
 
-    __slots__ = ("_pools", "bytes_B", "ranges", "ticket")
+    __slots__ = ("_pools", "bytes_B", "near", "ranges", "ticket")
 
     def __init__(
         self,
@@ -90,10 +90,12 @@ class Lease:
         ticket: Ticket,
         pools: Sequence[tuple[Pool, Buffer]] = (),
         ranges: Ranges = (),
+        near: Tier = Tier.DEVICE,
     ) -> None:
         self.bytes_B = bytes_B
         self.ticket = ticket
         self.ranges = ranges
+        self.near = near
         self._pools = tuple(pools)
 
     @property
@@ -255,31 +257,42 @@ class Store:
 
     # ---- leases
 
-    def staging_bytes(self, kept: Kept, ranges: Ranges | None = None) -> tuple[int, int]:
+    def staging_bytes(
+        self, kept: Kept, ranges: Ranges | None = None, near: Tier = Tier.DEVICE
+    ) -> tuple[int, int]:
         """Device and host bytes of staging that a fetch takes (all the device's where unified)."""
-        if self._in_place(kept.home):
+        if self._in_place(kept.home, near):
             return 0, 0
-        both = kept.home is Tier.DISK and not self.unified
         num_bytes = Pool.rounded(_size(_ranges(kept, ranges)))
+        if near is Tier.HOST:
+            return 0, num_bytes
+        both = kept.home is Tier.DISK and not self.unified
         return num_bytes, num_bytes if both else 0
 
-    def fetch(self, kept: Kept, ranges: Ranges | None = None) -> Lease:
+    def fetch(self, kept: Kept, ranges: Ranges | None = None, near: Tier = Tier.DEVICE) -> Lease:
         """The bundle's bytes on the device; the copy is under way when this returns.
 
-        With `ranges`, only these parts of it are needed.
+        With `ranges`, only these parts of it are needed. Near the host, which a bundle at home on
+        the device never is, they are for the CPU.
         """
-        if self._in_place(kept.home):
+        if self._in_place(kept.home, near):
             return self._lease_in_place(kept)
         ranges = _ranges(kept, ranges)
         num_bytes = _size(ranges)
+        if near is Tier.HOST:
+            assert kept.home is Tier.DISK, kept
+            host = self.host.take(num_bytes, self.wait_for_a_write)
+            staged_B = host.bytes_B[:num_bytes]
+            ticket: Ticket = self._read(kept, staged_B, ranges)
+            return Lease(staged_B, ticket, [(self.host, host)], ranges, near)
         device = self.device.take(num_bytes, self.wait_for_a_write)
         bytes_B = device.bytes_B[:num_bytes]
         label = self._label(kept)
         if kept.home is Tier.HOST:
             kept.last.join()
-            ticket: Ticket = _All(
+            ticket = _All(
                 [
-                    self._copy("host_to_device", home_B, part_B, label)
+                    self.copy("host_to_device", home_B, part_B, label)
                     for home_B, part_B in _parts(kept, bytes_B, ranges)
                 ]
             )
@@ -292,22 +305,23 @@ class Store:
         relay = _Relay()
 
         def pass_on() -> None:
-            relay.copy = self._copy("host_to_device", staged_B, bytes_B, label)
+            relay.copy = self.copy("host_to_device", staged_B, bytes_B, label)
 
         relay.read = self._read(kept, staged_B, ranges, pass_on)
         return Lease(bytes_B, relay, [(self.device, device), (self.host, host)], ranges)
 
-    def draft(self, kept: Kept, ranges: Ranges | None = None) -> Lease:
-        """Device memory for what is to be written to a bundle, or to parts of it.
+    def draft(self, kept: Kept, ranges: Ranges | None = None, near: Tier = Tier.DEVICE) -> Lease:
+        """Device (or host) memory for what is to be written to a bundle, or to parts of it.
 
         Its content is undefined until then.
         """
-        if self._in_place(kept.home):
+        if self._in_place(kept.home, near):
             return self._lease_in_place(kept)
         ranges = _ranges(kept, ranges)
         num_bytes = _size(ranges)
-        device = self.device.take(num_bytes, self.wait_for_a_write)
-        return Lease(device.bytes_B[:num_bytes], DONE, [(self.device, device)], ranges)
+        pool = self.pool(near)
+        buffer = pool.take(num_bytes, self.wait_for_a_write)
+        return Lease(buffer.bytes_B[:num_bytes], DONE, [(pool, buffer)], ranges, near)
 
     def write_back(self, kept: Kept, lease: Lease) -> None:
         """Start sending the leased bytes home; the lease is taken over and released."""
@@ -316,7 +330,7 @@ class Store:
         src_B, before, label = lease.bytes_B, kept.last, self._label(kept)
         if kept.home is Tier.HOST:
             copies = [
-                self._copy("device_to_host", part_B, home_B, label)
+                self.copy("device_to_host", part_B, home_B, label)
                 for home_B, part_B in _parts(kept, src_B, lease.ranges)
             ]
             kept.last = self._start_write(partial(_finish, _All(copies), lease, before), label)
@@ -324,10 +338,10 @@ class Store:
         assert kept.extent is not None, f"a {kept.kind} bundle in somebody's file is read-only"
         copy: Ticket = DONE
         leases = [lease]
-        if not self.unified:
+        if not self.unified and lease.near is Tier.DEVICE:
             host = self.host.take(src_B.numel(), self.wait_for_a_write)
             staged_B = host.bytes_B[: src_B.numel()]
-            copy = self._copy("device_to_host", src_B, staged_B, label)
+            copy = self.copy("device_to_host", src_B, staged_B, label)
             leases.append(Lease(staged_B, DONE, [(self.host, host)]))
             src_B = staged_B
         kept.last = self._start_write(
@@ -354,6 +368,18 @@ class Store:
         tasks = [partial(read, begin) for begin in range(0, len(rows), per_task)]
         self.lanes["disk_to_host"].submit(tasks, urgent=True, label="table rows").join()
         return out_RB
+
+    def copy(self, lane: str, src: Tensor, dst: Tensor, label: str | None = None) -> Ticket:
+        """Start a copy between host and device, watched by its lane for how long it takes."""
+        ticket = self.backend.copy_async(src, dst)
+        num_bytes = src.numel() * src.element_size()
+
+        def watch() -> int:
+            ticket.join()
+            return num_bytes
+
+        self.lanes[lane].submit([watch], label=self.label if label is None else label)
+        return ticket
 
     # ---- the run as a whole
 
@@ -428,8 +454,8 @@ class Store:
                 if not self.wait_for_a_write():
                     raise
 
-    def _in_place(self, home: Tier) -> bool:
-        return home is Tier.DEVICE or (self.unified and home is Tier.HOST)
+    def _in_place(self, home: Tier, near: Tier) -> bool:
+        return home is near or (self.unified and home is not Tier.DISK)
 
     def _make_host(self, num_bytes: int) -> Tensor:
         # A tensor born in inference mode can't be written to outside it.
@@ -454,18 +480,6 @@ class Store:
 
     def _label(self, kept: Kept) -> str:
         return f"{kept.kind}, {self.label}" if self.label else kept.kind
-
-    def _copy(self, lane: str, src_B: Tensor, dst_B: Tensor, label: str) -> Ticket:
-        """A copy between host and device, watched by its lane for how long it takes."""
-        ticket = self.backend.copy_async(src_B, dst_B)
-        num_bytes = src_B.numel()
-
-        def watch() -> int:
-            ticket.join()
-            return num_bytes
-
-        self.lanes[lane].submit([watch], label=label)
-        return ticket
 
     def _lease_in_place(self, kept: Kept) -> Lease:
         assert kept.buffer is not None, kept

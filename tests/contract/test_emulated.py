@@ -477,7 +477,7 @@ def test_lanes_work_beside_each_other(open_device) -> None:
     total_s = time.perf_counter() - started_s
 
     lanes = ("compute", "host_to_device", "device_to_host")
-    assert total_s >= max(device.busy_s(lane) for lane in lanes) - 1e-3 >= 0.499
+    assert total_s >= max(device.busy_s(lane) for lane in lanes) - 0.01 >= 0.49
     assert total_s < 0.9 * sum(device.busy_s(lane) for lane in lanes)
 
 

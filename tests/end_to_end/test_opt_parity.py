@@ -68,6 +68,9 @@ class DenseWeights:
         weight_FD = self._tensors[f"{part}.weight"]
         return functional.linear(x_TD, weight_FD, self._tensors.get(f"{part}.bias"))
 
+    def linears(self, x_TD, parts):
+        return [self.linear(x_TD, part) for part in parts]
+
     def vector(self, slot: str) -> Tensor:
         return self._tensors[slot]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils import backend_registration
 
 import flexport
-from flexport import SamplingParams
+from flexport import Policy, SamplingParams
 from flexport.testing.discrete import DiscreteBackend
 
 AMPLE: dict[str, Any] = {"device_memory": "1GiB", "host_memory": "1GiB", "disk_memory": "1GiB"}
@@ -37,6 +37,8 @@ class Case:
     dtype: str
     percent: list[int]
     shape: dict[str, int]
+    beside: dict[str, bool]
+    """What a CPU beside the device does, if there is one."""
     slack: float
     """The budgets are so many times what the plan says it needs."""
     rows: list[int]
@@ -58,6 +60,10 @@ def cases(draw: st.DrawFn) -> Case:
             # Small ones cut prompts into chunks and batches into bands.
             "prefill_tokens": draw(st.sampled_from([3, 8, 16, 50, 2048])),
             "sweep_tokens": draw(st.sampled_from([0, 0, 5, 20, 60])),
+        },
+        beside={
+            "cpu_attention": draw(st.booleans()),
+            "cpu_projections": draw(st.booleans()),
         },
         # From next to no look-ahead to all of it.
         slack=draw(st.sampled_from([1.0, 1.1, 1.5, 20.0])),
@@ -93,13 +99,15 @@ def _job(case, found):
 
 
 def _options(case, found, backend, offload_dir):
+    weights, cache, activations = Policy.splits_from_percent(case.percent)
+    beside = {} if backend == "cpu" else case.beside
+    policy = Policy(weights=weights, cache=cache, activations=activations, **case.shape, **beside)
     return {
         "model": found.directory,
         "backend": backend,
         "dtype": "float32",
-        "percent": case.percent,
+        "policy": policy,
         "offload_dir": offload_dir,
-        **case.shape,
     }
 
 
@@ -129,7 +137,7 @@ def _check(case, backend, reference, plan_for, pool_bytes, offload_dir):
 
 
 _settings = settings(
-    max_examples=25,
+    max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "25")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -155,7 +163,7 @@ def test_greedy_tokens_are_those_of_transformers_for_any_policy_on_a_device_with
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices written in Python",
 )
-@settings(_settings, max_examples=int(os.environ.get("FLEXPORT_TEST_POLICIES", "15")))
+@settings(_settings, max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "15")))
 @given(case=cases())
 def test_a_device_that_has_what_the_plan_needs_to_the_byte_is_large_enough(
     case, reference, plan_for, nothing_left

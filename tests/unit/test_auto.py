@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from flexport.engine.plan import model_sizes
 from flexport.errors import DoesNotFit
 from flexport.models import known_config, spec_of
-from flexport.planner.auto import Choice, Rates, check, choose, predicted_tok_s, within
+from flexport.planner.auto import (
+    Choice,
+    check,
+    choose,
+    predicted_tok_s,
+    typical_rates,
+    within,
+)
 from flexport.planner.footprint import JobSizes, footprint
 from flexport.policy import Budgets, Policy, Split
 from flexport.units import parse_bytes
@@ -70,7 +78,7 @@ def test_more_memory_never_predicts_less(job, budgets, more, unified):
             policy = pick(job, found, unified)
         except DoesNotFit:
             return 0.0
-        return predicted_tok_s(MODEL, job, policy, Rates(), unified)
+        return predicted_tok_s(MODEL, job, policy, typical_rates(unified), unified)
 
     larger = Budgets(
         device_bytes=budgets.device_bytes + more,
@@ -137,6 +145,62 @@ def test_prompts_are_paced_where_weights_stream_to_a_job_of_several_blocks():
 
     assert paced.sweep_tokens > 0
     lockstep = pick(job, tight, unified=True, fixed=Choice(sweep_tokens=0))
-    speeds = [predicted_tok_s(MODEL, job, each, Rates(), True) for each in (lockstep, paced)]
+    speeds = [
+        predicted_tok_s(MODEL, job, each, typical_rates(True), True) for each in (lockstep, paced)
+    ]
     assert speeds[1] > 1.1 * speeds[0]
     assert pick(job, ample, unified=True).sweep_tokens == 0
+
+
+CACHE_AWAY = Choice(weights=Split(), cache=Split(device=0, host=1))
+PLENTY = Budgets(device_bytes=10**11, host_bytes=10**11, disk_bytes=10**11)
+
+
+@pytest.mark.parametrize(("link_bytes_per_s", "on_cpu"), [(1e9, True), (1e12, False)])
+def test_the_cpu_attends_where_the_link_is_what_holds_the_run_back(link_bytes_per_s, on_cpu):
+    job = JobSizes(prompt_tokens=512, new_tokens=64, num_rows=64)
+    rates = replace(typical_rates(False), link_bytes_per_s=link_bytes_per_s)
+
+    policy = choose(
+        MODEL,
+        job,
+        PLENTY,
+        page_tokens=PAGE_TOKENS,
+        unified=False,
+        fixed=CACHE_AWAY,
+        rates=rates,
+    )
+
+    assert policy.cpu_attention is on_cpu
+
+
+@pytest.mark.parametrize(("num_rows", "projects"), [(1, True), (256, False)])
+def test_the_cpu_projects_for_few_rows_of_a_link_bound_job(num_rows, projects):
+    job = JobSizes(prompt_tokens=16, new_tokens=64, num_rows=num_rows)
+    fixed = Choice(weights=Split(device=0, host=1), cache=Split(), sweep_tokens=0)
+    rates = replace(typical_rates(False), link_bytes_per_s=6e10)
+
+    policy = choose(
+        MODEL, job, PLENTY, page_tokens=PAGE_TOKENS, unified=False, fixed=fixed, rates=rates
+    )
+
+    assert policy.cpu_projections is projects
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_was_asked_of_the_cpu_is_obeyed(asked):
+    fixed = replace(CACHE_AWAY, cpu_attention=asked, cpu_projections=asked)
+
+    policy = pick(JobSizes(prompt_tokens=100, new_tokens=20), PLENTY, False, fixed)
+
+    assert (policy.cpu_attention, policy.cpu_projections) == (asked, asked)
+
+
+@given(job=JOBS, budgets=BUDGETS)
+def test_where_memory_is_one_the_cpu_has_nothing_to_do_beside_the_device(job, budgets):
+    try:
+        policy = pick(job, budgets, True)
+    except DoesNotFit:
+        return
+
+    assert not (policy.cpu_attention or policy.cpu_projections)

@@ -180,6 +180,7 @@ def test_options_given_reach_the_engine_under_their_own_names():
         *("--backend", "cpu", "--dtype", "bfloat16", "--batch-size", "8", "--num-batches", "3"),
         *("--prefill-tokens", "512", "--sweep-tokens", "0", "--offload-dir", "spill"),
         *("--percent", "0", "20.5", "50", "50", "100", "0"),
+        *("--cpu-attention", "on"),
         *("--device-memory", "14GiB", "--host-memory", "1.5GB", "--disk-memory", "0"),
     )
 
@@ -195,6 +196,7 @@ def test_options_given_reach_the_engine_under_their_own_names():
         "sweep_tokens": 0,
         "offload_dir": "spill",
         "percent": [0.0, 20.5, 50.0, 50.0, 100.0, 0.0],
+        "cpu_attention": "on",
         "device_memory": 14 * 2**30,
         "host_memory": 1_500_000_000,
         "disk_memory": 0,
@@ -212,6 +214,7 @@ def test_options_given_reach_the_engine_under_their_own_names():
         ["--dtype", "float64"],
         ["--load-format", "pickle"],
         ["--percent", "10", "20"],
+        ["--cpu-attention", "maybe"],
     ],
     ids=" ".join,
 )
@@ -234,6 +237,7 @@ def test_a_policy_file_is_read_before_anything_is_loaded(tmp_path):
         ["--percent", "0", "100", "0", "100", "0", "100"],
         ["--batch-size", "8"],
         ["--sweep-tokens", "0"],
+        ["--cpu-attention", "off"],
     ],
     ids=" ".join,
 )

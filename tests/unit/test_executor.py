@@ -10,7 +10,7 @@ from flexport.schedule.order import Piece, Visit
 
 def visit(number):
     piece = Piece(batch=number, rows=None, start=0, stop=1, num_tokens=1)
-    return Visit(sweep=0, layer=0, pieces=(piece,), first=True, last=True)
+    return Visit(sweep=0, layer=0, pieces=(piece,), first=True, last=True, steps_only=False)
 
 
 class Ticket:

@@ -41,6 +41,8 @@ def policies(draw):
         num_batches=draw(st.integers(1, 9)),
         prefill_tokens=draw(st.sampled_from([3, 100, 129, 500, 2048])),
         sweep_tokens=draw(st.sampled_from([0, 1, 60, 501])),
+        cpu_attention=draw(st.booleans()),
+        cpu_projections=draw(st.booleans()),
     )
 
 
@@ -57,14 +59,15 @@ def test_half_a_block_takes_no_more_of_any_tier_and_ends_at_one_row(policy, job,
     rows = policy.block_size if job.num_rows is None else min(policy.block_size, job.num_rows)
     before = footprint(model, job, policy, 16, unified)
 
-    while (smaller := halved(policy, job.num_rows)) is not None:
+    while (smaller := halved(policy, job)) is not None:
         after = footprint(model, job, smaller, 16, unified)
         assert (smaller.weights, smaller.cache, smaller.activations) == (
             policy.weights,
             policy.cache,
             policy.activations,
         )
-        assert 1 <= smaller.block_size <= rows / 2
+        assert 1 <= smaller.block_size <= policy.block_size / 2
+        assert smaller.block_size < rows
         assert (smaller.sweep_tokens > 0) == (policy.sweep_tokens > 0)
         assert after.device_bytes <= before.device_bytes
         assert after.host_bytes <= before.host_bytes
@@ -80,7 +83,7 @@ def test_batches_go_before_rows_and_rows_that_do_not_exist_go_first():
 
     while policy is not None:
         shapes.append((policy.num_batches, policy.batch_size, policy.sweep_tokens))
-        policy = halved(policy, 20)
+        policy = halved(policy, JobSizes(prompt_tokens=9, new_tokens=9, num_rows=20))
 
     # Of the 64 rows there are only 20, in three batches.
     assert shapes == [(8, 8, 300), (1, 8, 150), (1, 4, 75), (1, 2, 38), (1, 1, 19)]
@@ -97,7 +100,7 @@ def test_what_is_left_over_holds_the_smaller_block_and_is_within_the_budgets(
     policy, job, unified, slack, share
 ):
     before = footprint(MODEL, job, policy, 16, unified)
-    smaller = halved(policy, job.num_rows)
+    smaller = halved(policy, job)
     if smaller is None:
         return
     after = footprint(MODEL, job, smaller, 16, unified)

@@ -30,6 +30,8 @@ policies = st.builds(
     num_batches=st.integers(1, 64),
     prefill_tokens=st.integers(1, 1 << 20),
     sweep_tokens=st.integers(0, 1 << 20),
+    cpu_attention=st.booleans(),
+    cpu_projections=st.booleans(),
 )
 
 
@@ -90,6 +92,13 @@ def test_sweep_tokens_may_be_zero_but_not_less(value):
     assert Policy(sweep_tokens=0).sweep_tokens == 0
     with pytest.raises(PolicyError, match="sweep_tokens"):
         Policy(sweep_tokens=value)
+
+
+@pytest.mark.parametrize("name", ["cpu_attention", "cpu_projections"])
+@pytest.mark.parametrize("value", [1, "on", None])
+def test_a_switch_is_true_or_false(name, value):
+    with pytest.raises(PolicyError, match=name):
+        Policy(**{name: value})
 
 
 @given(st.lists(splits(), min_size=3, max_size=3))

@@ -1,0 +1,260 @@
+"""Attention of a visit's pieces: every new token over its own row's cache, where that lives.
+
+Rows whose cache is on the device, or comes there, are computed on it; decode steps of bands that
+the CPU attends to cross to the host and back. That happens in three rounds over all pieces of a
+visit (what crosses sets out, the device is given its work, the CPU does its own), so that the two
+compute at the same time.
+
+Dimension key: T tokens, N rows of a band, H query heads, K key/value heads, C new columns, L new
+tokens a row, E features of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexport.backend import AttentionSpec, Backend
+from flexport.engine.cache import BatchCache, Held, HeldBands
+from flexport.engine.host_compute import Crossing, HostCompute
+from flexport.models.decoder import Attend
+from flexport.policy import Tier
+from flexport.schedule.order import Piece
+
+__all__ = ["PieceAttention", "attend_to"]
+
+
+class _Attends(Protocol):
+    """A backend, or the CPU beside one."""
+
+    def attention(
+        self,
+        q_NHLE: Tensor,
+        keys_NKGE: Sequence[Tensor],
+        values_NKGE: Sequence[Tensor],
+        spec: AttentionSpec,
+    ) -> Tensor: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """A band's decode step: its live rows are neighbours among the piece's tokens."""
+
+    held: Held
+    tokens: slice
+    places: list[int]
+    """Of the live rows in the band."""
+    crossing: Crossing | None = None
+
+
+class PieceAttention:
+    """One piece's attention in one visit."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        host: HostCompute | None,
+        cache: BatchCache,
+        piece: Piece,
+        live: Sequence[int],
+        held: HeldBands,
+        *,
+        num_tokens: int,
+        keep: bool,
+    ) -> None:
+        """`live` are the batch's rows in the order of their tokens, num_tokens together.
+
+        With `keep` False the new keys and values are not stored: nothing will be asked of them.
+        """
+        self.num_tokens = num_tokens
+        self._backend = backend
+        self._host = host
+        self._cache = cache
+        self._piece = piece
+        self._held = held
+        self._keep = keep
+        self._steps = list(_steps(live, held)) if piece.rows is None else []
+
+    def send(self, *new: Tensor) -> None:
+        """Queries, keys and values of the piece's tokens: those that the CPU needs set out."""
+        for step in self._steps:
+            if step.held.near is Tier.HOST:
+                assert self._host is not None, "a band that the CPU attends to, and no CPU"
+                step.crossing = self._host.send([x[step.tokens] for x in new])
+
+    def on_device(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, out_THE: Tensor) -> None:
+        """Give the device its part."""
+        if self._piece.rows is not None:
+            self._prefill(q_THE, k_TKE, v_TKE, out_THE)
+        for step in self._steps:
+            if step.crossing is None:
+                new = [x[step.tokens] for x in (q_THE, k_TKE, v_TKE)]
+                out_THE[step.tokens] = self._step(step, self._backend, *new)
+
+    def on_host(self, out_THE: Tensor) -> None:
+        """Compute the CPU's part, and send the result to the device."""
+        for step in self._steps:
+            if step.crossing is not None and self._host is not None:
+                o_NHE = self._step(step, self._host, *step.crossing.receive())
+                step.crossing.release()
+                self._host.bring(o_NHE, out_THE[step.tokens])
+
+    # ---- prefill
+
+    def _prefill(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, out_THE: Tensor) -> None:
+        piece, at = self._piece, 0
+        for of_band in self._held:
+            base = of_band.band.base
+            spans = []
+            for row in of_band.rows:
+                num_new = piece.stop - max(piece.start, self._cache.start(row))
+                spans.append((at, at + num_new))
+                at += num_new
+            if self._keep:
+                self._append_prompt(of_band, spans, k_TKE, v_TKE)
+            for first, last, whole in self._runs(of_band.rows, spans):
+                begin, end = spans[first][0], spans[last - 1][1]
+                count = last - first
+                span_q = _rows_first(q_THE[begin:end], count)
+                if whole:
+                    keys = [_rows_first(k_TKE[begin:end], count)]
+                    values = [_rows_first(v_TKE[begin:end], count)]
+                    starts, length = None, span_q.shape[2]
+                else:
+                    keys, values = self._cache.pages(of_band, first, last)
+                    starts = tuple(
+                        self._cache.start(row) - base for row in of_band.rows[first:last]
+                    )
+                    length = piece.stop - base
+                spec = AttentionSpec(length=length, scale=self._cache.shape.scale, starts=starts)
+                o_NHLE = self._backend.attention(span_q, keys, values, spec)
+                out_THE[begin:end].view(count, -1, *q_THE.shape[1:]).copy_(o_NHLE.transpose(1, 2))
+
+    def _runs(
+        self, rows: Sequence[int], spans: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int, bool]]:
+        """Neighbouring rows of equal length, and whether all they attend to is in this piece."""
+        runs: list[tuple[int, int, bool]] = []
+        for index, row in enumerate(rows):
+            num_new = spans[index][1] - spans[index][0]
+            whole = self._cache.start(row) >= self._piece.start
+            if runs and runs[-1][2] == whole:
+                first = runs[-1][0]
+                if spans[first][1] - spans[first][0] == num_new:
+                    runs[-1] = (first, index + 1, whole)
+                    continue
+            runs.append((index, index + 1, whole))
+        return runs
+
+    def _append_prompt(
+        self,
+        held: Held,
+        spans: Sequence[tuple[int, int]],
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+    ) -> None:
+        cache, piece, band = self._cache, self._piece, held.band
+        last = piece.stop - band.base
+        if not band.pages:
+            for _ in range(band.num_prompt_pages):
+                cache.new_page(band, is_open=False)
+        is_first = all(cache.start(row) >= piece.start for row in held.rows)
+        first_page = 0 if is_first else cache.page_at(band, piece.start)
+        for number in range(first_page, cache.page_at(band, piece.stop - 1) + 1):
+            keys_NKGE, values_NKGE = cache.changing(held, number)
+            low_edge, high_edge = band.edges[number : number + 2]
+            for index, (begin, end) in enumerate(spans):
+                # The row's tokens end in column `last`; those of this page are in the middle.
+                low = min(max(low_edge, last - (end - begin)), high_edge)
+                high = min(high_edge, last)
+                if is_first:
+                    # Masked columns get no weight, but 0 times what lies there must be 0.
+                    keys_NKGE[index, :, : low - low_edge] = 0
+                    values_NKGE[index, :, : low - low_edge] = 0
+                if low < high:
+                    tokens = slice(end - (last - low), end - (last - high))
+                    columns = slice(low - low_edge, high - low_edge)
+                    # Head by head first: where keys lie feature by feature, a copy that does
+                    # both at once is five times slower than the two together.
+                    k_KCE = k_TKE[tokens].transpose(0, 1).contiguous()
+                    keys_NKGE[index, :, columns] = k_KCE
+                    values_NKGE[index, :, columns] = v_TKE[tokens].transpose(0, 1)
+
+    # ---- decode
+
+    def _step(
+        self, step: _Step, kernels: _Attends, q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor
+    ) -> Tensor:
+        """Append a column, and attend; all tensors are where the step's pages are."""
+        band, stop = step.held.band, self._piece.stop
+        index_N: Tensor | None = None
+        if len(step.places) < len(band.rows):
+            index_N = torch.tensor(step.places, device=q_NHE.device)
+            q_NHE, k_NKE, v_NKE = (
+                _scatter(x, index_N, len(band.rows)) for x in (q_NHE, k_NKE, v_NKE)
+            )
+        self._append_step(step.held, k_NKE, v_NKE)
+        starts = tuple(self._cache.start(row) - band.base for row in band.rows)
+        spec = AttentionSpec(
+            length=stop - band.base,
+            scale=self._cache.shape.scale,
+            starts=starts if any(starts) else None,
+        )
+        keys, values = self._cache.pages(step.held, 0, len(band.rows))
+        o_NHE = kernels.attention(q_NHE.unsqueeze(2), keys, values, spec).squeeze(2)
+        return o_NHE if index_N is None else o_NHE[index_N]
+
+    def _append_step(self, held: Held, k_NKE: Tensor, v_NKE: Tensor) -> None:
+        band, column = held.band, self._piece.start
+        number = self._cache.page_at(band, column)
+        if number == len(band.pages):
+            self._cache.new_page(band, is_open=True)
+        keys_NKGE, values_NKGE = self._cache.changing(held, number)
+        at = column - band.base - band.edges[number]
+        keys_NKGE[:, :, at] = k_NKE
+        values_NKGE[:, :, at] = v_NKE
+
+
+def attend_to(pieces: Sequence[PieceAttention]) -> Attend:
+    """What the decoder calls for pieces whose tokens lie end to end."""
+
+    def attend(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        out_THE = torch.empty_like(q_THE)
+        sizes = [piece.num_tokens for piece in pieces]
+        own = list(zip(*(x.split(sizes) for x in (q_THE, k_TKE, v_TKE, out_THE)), strict=True))
+        for piece, (q, k, v, _) in zip(pieces, own, strict=True):
+            piece.send(q, k, v)
+        for piece, tensors in zip(pieces, own, strict=True):
+            piece.on_device(*tensors)
+        for piece, (*_, out) in zip(pieces, own, strict=True):
+            piece.on_host(out)
+        return out_THE
+
+    return attend
+
+
+def _steps(live: Sequence[int], held: HeldBands) -> list[_Step]:
+    """The decode steps of bands that have live rows."""
+    token_of = {row: token for token, row in enumerate(live)}
+    steps = []
+    for of_band in held:
+        rows = of_band.band.rows
+        places = [index for index, row in enumerate(rows) if row in token_of]
+        if places:
+            begin = token_of[rows[places[0]]]
+            steps.append(_Step(of_band, slice(begin, begin + len(places)), places))
+    return steps
+
+
+def _rows_first(x_THE: Tensor, num_rows: int) -> Tensor:
+    """Tokens of rows of equal length as (N, H, L, E); a view."""
+    return x_THE.view(num_rows, -1, *x_THE.shape[1:]).transpose(1, 2)
+
+
+def _scatter(x_NHE: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
+    out_NHE = x_NHE.new_zeros(num_rows, *x_NHE.shape[1:])
+    return out_NHE.index_copy_(0, index_N, x_NHE)
