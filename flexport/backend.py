@@ -56,7 +56,7 @@ class Capabilities:
     memory_bytes: int
     """Memory that a run may use when the user sets no cap: what is free now, less a margin."""
     unified: bool
-    """Device and host memory are one pool; a copy between them would waste both."""
+    """Device and host memory are one pool under one cap; what both hold takes it twice."""
     dtypes: tuple[str, ...]
     """dtypes worth computing in, best first, from "float32", "bfloat16", "float16"."""
     dtype_reason: str
@@ -66,6 +66,13 @@ class Capabilities:
     keys_by_feature: bool = False
     """The kernel likes a page's keys feature by feature in memory, (E, G), not column by column;
     `attention`, which has to take either, is then given a transposed view of such pages."""
+    addressable: bool = False
+    """Device tensors are host tensors, which the host reads and writes in place, so that nothing
+    is copied between the two. Only where memory is unified, and not everywhere there."""
+
+    def __post_init__(self) -> None:
+        if self.addressable and not self.unified:
+            raise ValueError(f"{self.name}: memory that the host addresses is unified, too")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +100,11 @@ class AttentionSpec:
 
 
 class Backend(Protocol):
-    """Five verbs and a record. All may be called from any thread."""
+    """Five verbs and a record. All may be called from any thread.
+
+    Where memory is unified, the core computes and starts copies in one thread, and others only
+    join tickets: such a device has no link that a thread of its own would keep busy.
+    """
 
     @property
     def capabilities(self) -> Capabilities:

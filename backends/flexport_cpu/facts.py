@@ -18,6 +18,7 @@ def facts() -> Capabilities:
         name=f"cpu ({processor_name()})",
         memory_bytes=usable_bytes(),
         unified=True,
+        addressable=True,
         dtypes=dtypes,
         dtype_reason=reason,
         page_tokens=PAGE_TOKENS,

@@ -349,6 +349,7 @@ class Engine:
                 self.budgets,
                 page_tokens=preferred,
                 unified=unified,
+                addressable=self._facts.addressable,
                 fixed=choice,
             )
         )
@@ -373,7 +374,10 @@ class Engine:
         )
 
     def _footprint(self, job: JobSizes, policy: Policy) -> Footprint:
-        return footprint(self._sizes, job, policy, self._facts.page_tokens, self._facts.unified)
+        facts = self._facts
+        return footprint(
+            self._sizes, job, policy, facts.page_tokens, facts.unified, facts.addressable
+        )
 
     @property
     def _sizes(self) -> ModelSizes:

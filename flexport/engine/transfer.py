@@ -10,8 +10,8 @@ __all__ = ["to_device", "to_host"]
 
 
 def to_device(backend: Backend, host: Tensor) -> Tensor:
-    """The host tensor on the device; the tensor itself where the two share memory."""
-    if backend.capabilities.unified:
+    """The host tensor on the device; the tensor itself where the host addresses the device's."""
+    if backend.capabilities.addressable:
         return host
     staged = backend.allocate(host.shape, host.dtype, "host")
     staged.copy_(host)
@@ -21,8 +21,8 @@ def to_device(backend: Backend, host: Tensor) -> Tensor:
 
 
 def to_host(backend: Backend, device: Tensor) -> Tensor:
-    """The device tensor in host memory, complete; the tensor itself where the two share memory."""
-    if backend.capabilities.unified:
+    """The device tensor in host memory, complete; itself where the host addresses the device's."""
+    if backend.capabilities.addressable:
         return device
     host = backend.allocate(device.shape, device.dtype, "host")
     backend.copy_async(device.contiguous(), host).join()

@@ -94,14 +94,18 @@ def choose(
     *,
     page_tokens: int,
     unified: bool,
+    addressable: bool = True,
     fixed: Choice | None = None,
     rates: Rates | None = None,
 ) -> Policy:
-    """The best policy that fits. Raises DoesNotFit, with the smallest memory that would do."""
+    """The best policy that fits. Raises DoesNotFit, with the smallest memory that would do.
+
+    Where memory is unified nothing is homed on the host: it would take the same bytes there.
+    """
     fixed, rates = fixed or Choice(), rates or typical_rates(unified)
 
     def needs(policy: Policy) -> Footprint:
-        return footprint(model, job, policy, page_tokens, unified)
+        return footprint(model, job, policy, page_tokens, unified, addressable)
 
     def fits(policy: Policy) -> bool:
         return within(needs(policy), budgets)

@@ -132,11 +132,13 @@ class Footprint:
     @property
     def device_bytes(self) -> int:
         """All of it on the device."""
-        weights_bytes, run_bytes = self.weights_bytes[0], self._run_bytes[0] + self.work_bytes
+        weights_bytes, load_bytes = self.weights_bytes[0], self.load_bytes[0]
+        run_bytes = self._run_bytes[0] + self.work_bytes
         if self.unified:
             weights_bytes += self.weights_bytes[1]
+            load_bytes += self.load_bytes[1]
             run_bytes += self._run_bytes[1]
-        return weights_bytes + max(self.load_bytes[0], run_bytes)
+        return weights_bytes + max(load_bytes, run_bytes)
 
     @property
     def host_bytes(self) -> int:
@@ -232,9 +234,17 @@ def cache_row_bytes(model: ModelSizes, job: JobSizes, page_tokens: int) -> int:
 
 
 def footprint(
-    model: ModelSizes, job: JobSizes, policy: Policy, preferred_page_tokens: int, unified: bool
+    model: ModelSizes,
+    job: JobSizes,
+    policy: Policy,
+    preferred_page_tokens: int,
+    unified: bool,
+    addressable: bool = True,
 ) -> Footprint:
     """What the policy takes at most while it runs the job.
+
+    Where memory is unified and the host does not address the device's, what streams from disk
+    passes through host memory on its way, out of the same pool.
 
     Shares are cut by whole rows, a row more or less on either side of a cut, and every buffer is
     a whole number of memory pages; in a large model neither is seen, in a tiny one both are.
@@ -290,7 +300,7 @@ def footprint(
     # The states of this visit and the next one, and of two on their way home.
     states_bytes = 4 * _states_bytes(model, visit_tokens, states_far)
     decoded_bytes = max(far_bytes) * ratio if ratio != 1 else 0.0
-    on_disk = 0.0 if unified else 1.0
+    on_disk = 0.0 if unified and addressable else 1.0
     return Footprint(
         weights_bytes=(
             round(weights[0] * ratio) + slack_bytes * (weights[0] > 0),

@@ -186,6 +186,7 @@ class Lane:
                     self._busy_s += time.perf_counter() - self._busy_since_s
             if self._watch is not None:
                 self._watch(self.name, thread, label, started_s, time.perf_counter(), moved_bytes)
+            # Whoever hears that the job is done may need the room of the task's buffers at once.
+            del task
             job.finish_task(error)
-            # An idle thread must not keep a task's buffers alive: their room may be needed.
-            del task, job
+            del job, error

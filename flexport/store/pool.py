@@ -2,7 +2,8 @@
 
 Fresh memory is dear (the first touch of a page costs more than reading it), and the sizes of a
 run repeat with every sweep; so a buffer that comes back is kept for the next taker of its size,
-and only let go when its room is needed for another size.
+and only let go when its room is needed for another size, or for the other kind of memory where
+two kinds share one capacity.
 
 Dimension key: B bytes.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -37,34 +38,68 @@ class Buffer:
         return self.bytes_B.numel()
 
 
+@dataclass(slots=True, eq=False)
+class _Books:
+    """What is in use and what is spare of one capacity."""
+
+    capacity_bytes: int
+    used_bytes: int = 0
+    peak_bytes: int = 0
+    spare_bytes: int = 0
+    spares: dict[tuple[int, int], list[Buffer]] = field(default_factory=lambda: defaultdict(list))
+    """By size and number of the pool."""
+    num_pools: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class Pool:
     """A tier of memory. All methods may be called from any thread."""
 
-    def __init__(self, name: str, capacity_bytes: int, make: Callable[[int], Tensor]) -> None:
-        """`make(num_bytes)` allocates a flat uint8 tensor of the tier."""
+    def __init__(
+        self,
+        name: str,
+        capacity_bytes: int,
+        make: Callable[[int], Tensor],
+        books: _Books | None = None,
+    ) -> None:
+        """`make(num_bytes)` allocates a flat uint8 tensor of the tier. `books`: see `beside`."""
         self.name = name
-        self.capacity_bytes = capacity_bytes
-        self.peak_bytes = 0
         self._make = make
-        self._used_bytes = 0
-        self._spare_bytes = 0
-        self._spares: dict[int, list[Buffer]] = defaultdict(list)
-        self._changed = threading.Condition()
+        self._books = books or _Books(capacity_bytes)
+        self._number = self._books.num_pools
+        self._books.num_pools += 1
+
+    def beside(self, make: Callable[[int], Tensor]) -> Pool:
+        """A pool of another kind of memory that shares this one's capacity.
+
+        All sizes that either tells are those of both together.
+        """
+        return Pool(self.name, self.capacity_bytes, make, self._books)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The most that may be in use or spare."""
+        return self._books.capacity_bytes
 
     @property
     def used_bytes(self) -> int:
         """Bytes in use now; spare buffers, which can be had at once, are not."""
-        return self._used_bytes
+        return self._books.used_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was in use."""
+        return self._books.peak_bytes
 
     @property
     def held_bytes(self) -> int:
         """Bytes in use and spare ones: all that the tier has had room for so far, and has still."""
-        return self._used_bytes + self._spare_bytes
+        return self._books.used_bytes + self._books.spare_bytes
 
     @property
     def free_bytes(self) -> int:
         """What can be taken now."""
-        return self.capacity_bytes - self._used_bytes
+        return self._books.capacity_bytes - self._books.used_bytes
 
     @staticmethod
     def rounded(num_bytes: int) -> int:
@@ -85,10 +120,11 @@ class Pool:
                     f"of {format_bytes(self.capacity_bytes)} free; use a larger "
                     f"--{self.name}-memory or a smaller --batch-size"
                 )
-        with self._changed:
-            if self._spares[size]:
-                self._spare_bytes -= size
-                return self._spares[size].pop()
+        books = self._books
+        with books.lock:
+            if books.spares[size, self._number]:
+                books.spare_bytes -= size
+                return books.spares[size, self._number].pop()
         try:
             return Buffer(self._make(size))
         except BaseException:
@@ -97,10 +133,11 @@ class Pool:
 
     def give_back(self, buffer: Buffer) -> None:
         """The buffer is not used any more; nobody may touch its bytes from now on."""
-        with self._changed:
-            self._used_bytes -= buffer.num_bytes
-            self._spares[buffer.num_bytes].append(buffer)
-            self._spare_bytes += buffer.num_bytes
+        books = self._books
+        with books.lock:
+            books.used_bytes -= buffer.num_bytes
+            books.spares[buffer.num_bytes, self._number].append(buffer)
+            books.spare_bytes += buffer.num_bytes
 
     def reserve(self, num_bytes: int, wait: Callable[[], bool] | None = None) -> None:
         """Count memory that is not allocated here, e.g. what kernels use.
@@ -116,30 +153,30 @@ class Pool:
 
     def unreserve(self, num_bytes: int) -> None:
         """Stop counting what was reserved."""
-        with self._changed:
-            self._used_bytes -= num_bytes
+        with self._books.lock:
+            self._books.used_bytes -= num_bytes
 
     def close(self) -> None:
-        """Let go of the spare buffers."""
-        with self._changed:
-            self._spares.clear()
-            self._spare_bytes = 0
+        """Let go of the spare buffers, those of pools beside it too."""
+        with self._books.lock:
+            self._books.spares.clear()
+            self._books.spare_bytes = 0
 
     def _claim(self, size: int, *, reuse: bool) -> bool:
-        with self._changed:
-            if self._used_bytes + size > self.capacity_bytes:
+        books, own = self._books, (size, self._number)
+        with books.lock:
+            if books.used_bytes + size > books.capacity_bytes:
                 return False
-            self._used_bytes += size
-            self.peak_bytes = max(self.peak_bytes, self._used_bytes)
+            books.used_bytes += size
+            books.peak_bytes = max(books.peak_bytes, books.used_bytes)
             # Spare buffers of other sizes hold real memory: let go of as many as must be.
-            over = self._used_bytes + self._spare_bytes - self.capacity_bytes
-            kept = 1 if reuse and self._spares[size] else 0
+            over = books.used_bytes + books.spare_bytes - books.capacity_bytes
+            kept = 1 if reuse and books.spares[own] else 0
             over -= kept * size
-            for other in sorted(self._spares, reverse=True):
-                while over > 0 and len(self._spares[other]) > (kept if other == size else 0):
-                    self._spares[other].pop()
-                    self._spare_bytes -= other
-                    over -= other
+            for other in sorted(books.spares, reverse=True):
+                while over > 0 and len(books.spares[other]) > (kept if other == own else 0):
+                    over -= books.spares[other].pop().num_bytes
+                    books.spare_bytes -= other[0]
             return True
 
 

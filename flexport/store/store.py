@@ -9,13 +9,16 @@ starts behind a write-back of the same bundle, and nobody else has to think of i
     disk --read lane--> host staging --copy_async--> device staging      (fetch)
     device staging --copy_async--> host staging --write lane--> disk     (write_back)
 
-Where memory is unified the middle column falls away: reads land where the device computes.
+Where memory is unified, a bundle at home on the host lies in device memory. Where the host also
+addresses device memory the middle column falls away: reads land where the device computes. Where
+it does not, host staging comes out of the one capacity, too.
 
 Dimension key: B bytes.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -133,17 +136,29 @@ class _All:
 class _Relay:
     """A ticket for a read that is followed by a copy to the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, send: Callable[[], Ticket]) -> None:
+        """`send` starts the copy; it is called once."""
         self.read: Job = DONE
-        self.copy: Ticket = DONE
+        self._send: Callable[[], Ticket] | None = send
+        self._copy: Ticket = DONE
+        self._lock = threading.Lock()
+
+    def pass_on(self) -> None:
+        """Start the copy if nobody has. The read must have ended."""
+        with self._lock:
+            if self._send is not None:
+                self._copy = self._send()
+                self._send = None  # whoever keeps the ticket keeps no buffers with it
 
     def wait(self) -> None:
         self.read.join()
-        self.copy.wait()
+        self.pass_on()
+        self._copy.wait()
 
     def join(self) -> None:
         self.read.join()
-        self.copy.join()
+        self.pass_on()
+        self._copy.join()
 
 
 class Store:
@@ -161,6 +176,7 @@ class Store:
         self.label = ""
         """What the copies started from now on are for; told to `watch`."""
         self.unified = backend.capabilities.unified
+        self._addressable = backend.capabilities.addressable
         self.trouble = Trouble()
         self.placed_bytes: Counter[tuple[str, Tier]] = Counter()
         self._budgets = budgets
@@ -169,9 +185,12 @@ class Store:
         self._spill: SpillFile | None = None
         self._files: dict[Path, DirectFile] = {}
         self._writes: deque[Job] = deque()
-        if self.unified:
-            both_bytes = budgets.device_bytes + budgets.host_bytes
+        both_bytes = budgets.device_bytes + budgets.host_bytes
+        if self._addressable:
             self.device = self.host = Pool("device", both_bytes, self._make_host)
+        elif self.unified:
+            self.device = Pool("device", both_bytes, self._make_device)
+            self.host = self.device.beside(self._make_host)
         else:
             self.device = Pool("device", budgets.device_bytes, self._make_device)
             self.host = Pool("host", budgets.host_bytes, self._make_host)
@@ -206,7 +225,7 @@ class Store:
     def keep_open(self, kind: str, num_bytes: int, home: Tier) -> Kept:
         """Like `keep`, for a bundle that will be written to often before it is complete.
 
-        If its home is the disk it stays in host memory until `settle`.
+        If its home is the disk it stays at home on the host until `settle`.
         """
         self.placed_bytes[kind, home] += num_bytes
         return self._keep_in_memory(kind, num_bytes, Tier.HOST if home is Tier.DISK else home)
@@ -230,23 +249,17 @@ class Store:
             self._start_write(free, f"freeing {kept.kind}")
 
     def settle(self, kept: Kept) -> None:
-        """A bundle of `keep_open` is complete: send it from host memory to its home on disk."""
+        """A bundle of `keep_open` is complete: send it from the host to its home on disk."""
         assert kept.home is Tier.HOST and kept.buffer is not None, kept
-        buffer, extent, before = kept.buffer, self._take_extent(kept.num_bytes), kept.last
-
-        def spill() -> int:
-            try:
-                before.join()
-                return self._write_extent(buffer.bytes_B, extent, _ranges(kept, None))
-            finally:
-                self.host.give_back(buffer)
-
+        pool, extent = self.pool(Tier.HOST), self._take_extent(kept.num_bytes)
+        memory = [(pool, kept.buffer)]
+        whole = Lease(kept.buffer.bytes_B[: kept.num_bytes], kept.last, memory, _ranges(kept, None))
         kept.home, kept.buffer, kept.extent = Tier.DISK, None, extent
-        kept.last = self._start_write(spill, self._label(kept))
+        self._send_to_disk(kept, whole, is_on_host=pool is self.host)
 
     def pool(self, home: Tier) -> Pool:
         """The memory in which a bundle of that home lies, or waits while it is open."""
-        return self.device if home is Tier.DEVICE else self.host
+        return self.device if home is Tier.DEVICE or self.unified else self.host
 
     def has_room(self, num_bytes: int, home: Tier) -> bool:
         """Whether `keep` would find room now, without waiting."""
@@ -266,8 +279,9 @@ class Store:
         num_bytes = Pool.rounded(_size(_ranges(kept, ranges)))
         if near is Tier.HOST:
             return 0, num_bytes
-        both = kept.home is Tier.DISK and not self.unified
-        return num_bytes, num_bytes if both else 0
+        if kept.home is not Tier.DISK or self._addressable:
+            return num_bytes, 0
+        return (2 * num_bytes, 0) if self.unified else (num_bytes, num_bytes)
 
     def fetch(self, kept: Kept, ranges: Ranges | None = None, near: Tier = Tier.DEVICE) -> Lease:
         """The bundle's bytes on the device; the copy is under way when this returns.
@@ -297,17 +311,20 @@ class Store:
                 ]
             )
             return Lease(bytes_B, ticket, [(self.device, device)], ranges)
-        if self.unified:
+        if self._addressable:
             ticket = self._read(kept, bytes_B, ranges)
             return Lease(bytes_B, ticket, [(self.device, device)], ranges)
-        host = self.host.take(num_bytes, self.wait_for_a_write)
+        try:
+            host = self.host.take(num_bytes, self.wait_for_a_write)
+        except BaseException:
+            self.device.give_back(device)
+            raise
         staged_B = host.bytes_B[:num_bytes]
-        relay = _Relay()
-
-        def pass_on() -> None:
-            relay.copy = self.copy("host_to_device", staged_B, bytes_B, label)
-
-        relay.read = self._read(kept, staged_B, ranges, pass_on)
+        relay = _Relay(lambda: self.copy("host_to_device", staged_B, bytes_B, label))
+        # Where memory is unified no link stands idle meanwhile. So the copy is left to whoever
+        # waits for it: a device without links may well take work from one thread only.
+        then = None if self.unified else relay.pass_on
+        relay.read = self._read(kept, staged_B, ranges, then)
         return Lease(bytes_B, relay, [(self.device, device), (self.host, host)], ranges)
 
     def draft(self, kept: Kept, ranges: Ranges | None = None, near: Tier = Tier.DEVICE) -> Lease:
@@ -327,27 +344,16 @@ class Store:
         """Start sending the leased bytes home; the lease is taken over and released."""
         if lease.in_place:
             return
-        src_B, before, label = lease.bytes_B, kept.last, self._label(kept)
         if kept.home is Tier.HOST:
+            src_B, before, label = lease.bytes_B, kept.last, self._label(kept)
             copies = [
                 self.copy("device_to_host", part_B, home_B, label)
                 for home_B, part_B in _parts(kept, src_B, lease.ranges)
             ]
             kept.last = self._start_write(partial(_finish, _All(copies), lease, before), label)
             return
-        assert kept.extent is not None, f"a {kept.kind} bundle in somebody's file is read-only"
-        copy: Ticket = DONE
-        leases = [lease]
-        if not self.unified and lease.near is Tier.DEVICE:
-            host = self.host.take(src_B.numel(), self.wait_for_a_write)
-            staged_B = host.bytes_B[: src_B.numel()]
-            copy = self.copy("device_to_host", src_B, staged_B, label)
-            leases.append(Lease(staged_B, DONE, [(self.host, host)]))
-            src_B = staged_B
-        kept.last = self._start_write(
-            partial(self._spill_lease, copy, src_B, kept.extent, lease.ranges, leases, before),
-            label,
-        )
+        is_on_host = self._addressable or lease.near is Tier.HOST
+        self._send_to_disk(kept, lease, is_on_host=is_on_host)
 
     def read_file(self, kept: Kept, dst_B: Tensor) -> Job:
         """Start reading a bundle of `keep_file` into host memory of its size."""
@@ -460,7 +466,7 @@ class Store:
     def _make_host(self, num_bytes: int) -> Tensor:
         # A tensor born in inference mode can't be written to outside it.
         with torch.inference_mode(False):
-            if self.unified:
+            if self._addressable:
                 return AlignedBuffer(num_bytes).bytes_B
             return self.backend.allocate((num_bytes,), torch.uint8, "host")
 
@@ -523,9 +529,25 @@ class Store:
             at += num_bytes
         return at
 
+    def _send_to_disk(self, kept: Kept, lease: Lease, *, is_on_host: bool) -> None:
+        """Start writing leased bytes to the bundle's extent; the lease is taken over."""
+        assert kept.extent is not None, f"a {kept.kind} bundle in somebody's file is read-only"
+        src_B, ready, label = lease.bytes_B, lease.ticket, self._label(kept)
+        leases = [lease]
+        if not is_on_host:
+            host = self.host.take(src_B.numel(), self.wait_for_a_write)
+            staged_B = host.bytes_B[: src_B.numel()]
+            ready = self.copy("device_to_host", src_B, staged_B, label)
+            leases.append(Lease(staged_B, DONE, [(self.host, host)]))
+            src_B = staged_B
+        kept.last = self._start_write(
+            partial(self._spill_lease, ready, src_B, kept.extent, lease.ranges, leases, kept.last),
+            label,
+        )
+
     def _spill_lease(
         self,
-        copy: Ticket,
+        ready: Ticket,
         src_B: Tensor,
         extent: Extent,
         ranges: Ranges,
@@ -533,7 +555,7 @@ class Store:
         before: Job,
     ) -> int:
         try:
-            copy.join()
+            ready.join()
             return self._write_extent(src_B, extent, ranges)
         finally:
             for lease in leases:

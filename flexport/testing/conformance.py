@@ -154,6 +154,13 @@ class BackendConformance:
         assert facts.dtypes
         assert set(facts.dtypes) <= {"float32", "bfloat16", "float16"}
 
+    def test_only_a_device_that_shares_the_hosts_tensors_is_addressable(
+        self, backend: Backend
+    ) -> None:
+        device = backend.allocate((4,), torch.float32)
+
+        assert not backend.capabilities.addressable or device.device.type == "cpu"
+
     # allocate
 
     @pytest.mark.parametrize("where", PLACES)

@@ -53,10 +53,17 @@ class DiscreteBackend:
     With `late=True` there are no threads: a copy happens when something first depends on it (a
     `wait` or `join` of its ticket or of a later one on its link, or `sync`), which is as late as
     the contract allows. A missing wait then shows every time, as NaN.
+
+    With `unified=True` its budget holds the host memory that it allocates, too.
     """
 
     def __init__(
-        self, *, memory_bytes: int = 1 << 30, late: bool = False, inner: Backend | None = None
+        self,
+        *,
+        memory_bytes: int = 1 << 30,
+        late: bool = False,
+        unified: bool = False,
+        inner: Backend | None = None,
     ) -> None:
         self.calls: list[Call] = []
         self.peak_bytes = 0
@@ -66,7 +73,8 @@ class DiscreteBackend:
             self._inner.capabilities,
             name="discrete (a fake in host memory)",
             memory_bytes=memory_bytes,
-            unified=False,
+            unified=unified,
+            addressable=False,
         )
         # Re-entrant: the collector may run a finalizer in a thread that holds it.
         self._lock = threading.RLock()
@@ -85,7 +93,7 @@ class DiscreteBackend:
 
     @property
     def used_bytes(self) -> int:
-        """Device memory allocated and still referred to."""
+        """Memory that counts against the budget: allocated, and still referred to."""
         return self._used_bytes
 
     def moved_bytes(self, link: Link) -> int:
@@ -104,27 +112,28 @@ class DiscreteBackend:
     def allocate(
         self, shape: Sequence[int], dtype: torch.dtype, where: Literal["device", "host"] = "device"
     ) -> Tensor:
-        """A contiguous tensor full of NaN (or -1), counted against the budget if on the device."""
+        """A contiguous tensor full of NaN (or -1), which counts unless it is another memory's."""
         self._must_be_open("allocate")
         num_bytes = math.prod(shape) * dtype.itemsize
-        if where == "device":
+        counts = where == "device" or self._capabilities.unified
+        if counts:
             self._reserve(num_bytes)
         try:
             memory = _Memory(max(1, num_bytes))
         except (MemoryError, OverflowError) as error:
-            if where == "device":
-                self._release_device(num_bytes)
+            if counts:
+                self._release(num_bytes)
             raise OutOfMemory(f"asked for {num_bytes} bytes of {where} memory: {error}") from error
         with torch.inference_mode(False):
             bytes_B = torch.frombuffer(memory, dtype=torch.uint8).fill_(_POISON)
             tensor = bytes_B[:num_bytes].view(dtype).view(tuple(shape))
-        if where == "device":
-            weakref.finalize(memory, self._release_device, num_bytes)
-        else:
+        if counts:
+            weakref.finalize(memory, self._release, num_bytes)
+        if where == "host":
             storage = _storage(tensor)
             with self._lock:
                 self._host_storages.add(storage)
-            weakref.finalize(memory, self._release_host, storage)
+            weakref.finalize(memory, self._forget_host, storage)
         self.calls.append(Call("allocate", num_bytes))
         return tensor
 
@@ -193,11 +202,11 @@ class DiscreteBackend:
             self._used_bytes += num_bytes
             self.peak_bytes = max(self.peak_bytes, self._used_bytes)
 
-    def _release_device(self, num_bytes: int) -> None:
+    def _release(self, num_bytes: int) -> None:
         with self._lock:
             self._used_bytes -= num_bytes
 
-    def _release_host(self, storage: int) -> None:
+    def _forget_host(self, storage: int) -> None:
         with self._lock:
             self._host_storages.discard(storage)
 
@@ -257,7 +266,9 @@ class _Copy:
         except Exception as error:  # noqa: BLE001 - whatever it is, the ticket hands it on
             self._error = error
             self._failed.append(error)
+        # Whoever hears that the copy is done may need the room of its tensors at once.
         self._tensors = None
+        del src, dst
         self._done.set()
 
     def join(self) -> None:

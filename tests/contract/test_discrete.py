@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from flexport.testing.discrete import Call, DiscreteBackend
 
 
 class TestDiscrete(BackendConformance):
-    @pytest.fixture(params=[False, True], ids=["threads", "late"])
+    @pytest.fixture(params=[(False, False), (True, False), (False, True)], ids=str)
     def backend(self, request: pytest.FixtureRequest) -> Iterator[Backend]:
-        backend = DiscreteBackend(late=request.param)
+        late, unified = request.param
+        backend = DiscreteBackend(late=late, unified=unified)
         yield backend
         backend.close()
 
@@ -29,8 +31,11 @@ def fake() -> Iterator[DiscreteBackend]:
     backend.close()
 
 
-def test_it_is_not_unified(fake: DiscreteBackend) -> None:
-    assert not fake.capabilities.unified
+def test_it_is_not_unified_unless_asked_to_be_and_never_addressable(fake: DiscreteBackend) -> None:
+    with closing(DiscreteBackend(unified=True)) as one_pool:
+        kinds = [(f.unified, f.addressable) for f in (fake.capabilities, one_pool.capabilities)]
+
+    assert kinds == [(False, False), (True, False)]
     assert fake.capabilities.memory_bytes == 1000
 
 
@@ -62,6 +67,18 @@ def test_host_memory_does_not_count_as_the_devices(fake: DiscreteBackend) -> Non
 
     assert fake.used_bytes == 0
     assert host.numel() == 5000
+
+
+def test_where_memory_is_unified_the_hosts_counts_too() -> None:
+    with closing(DiscreteBackend(memory_bytes=1000, unified=True)) as fake:
+        host = fake.allocate((600,), torch.uint8, "host")
+
+        with pytest.raises(OutOfMemory, match="400 of 1000"):
+            fake.allocate((401,), torch.uint8)
+        del host
+        gc.collect()
+
+        assert fake.used_bytes == 0
 
 
 def test_kernels_refuse_host_memory(fake: DiscreteBackend) -> None:

@@ -34,9 +34,9 @@ pytestmark = pytest.mark.skipif(
 
 
 class TestEmulated(BackendConformance):
-    @pytest.fixture
-    def backend(self) -> Iterator[Backend]:
-        backend = EmulatedBackend()
+    @pytest.fixture(params=[False, True], ids=["", "unified"])
+    def backend(self, request: pytest.FixtureRequest) -> Iterator[Backend]:
+        backend = EmulatedBackend(unified=request.param)
         yield backend
         backend.close()
 
@@ -296,6 +296,26 @@ def test_more_than_there_is_is_out_of_memory(open_device) -> None:
     device.allocate((5000,), torch.uint8, "host")
 
     assert device.used_bytes == 600
+
+
+def test_where_memory_is_unified_the_hosts_counts_too(open_device) -> None:
+    device = open_device(memory_bytes=1000, unified=True)
+    held = device.allocate((300,), torch.uint8)
+    host = device.allocate((50, 4), torch.float16, "host")
+    view = host[3]
+
+    with pytest.raises(OutOfMemory, match="300 of 1000"):
+        device.allocate((301,), torch.uint8, "host")
+    with pytest.raises(OutOfMemory, match="300 of 1000"):
+        device.allocate((301,), torch.uint8)
+    del held, host
+    gc.collect()
+    assert device.used_bytes == 400  # a view keeps its memory
+    del view
+    gc.collect()
+
+    assert device.used_bytes == 0
+    assert device.allocate((0, 3), torch.float32, "host").shape == (0, 3)
 
 
 def test_a_copy_holds_its_memory_until_it_is_done(device) -> None:

@@ -81,16 +81,17 @@ def needed(plan):
     }
 
 
+@pytest.mark.parametrize("unified", [False, True], ids=["discrete", "unified"])
 @pytest.mark.parametrize(
     ("number", "percent"), list(enumerate(MIXES)), ids=["-".join(map(str, mix)) for mix in MIXES]
 )
 def test_greedy_tokens_are_those_of_transformers_for_any_mix_of_tiers(
-    number, percent, reference, continue_greedily, nothing_left
+    number, percent, unified, reference, continue_greedily, nothing_left
 ):
     found = reference(VARIANTS[number % 4], "float16" if number % 3 == 2 else "float32")
-    block = BLOCKS[(number + number // 4) % 4]
+    block = BLOCKS[(number + number // 4 + unified) % 4]
 
-    with contextlib.closing(EmulatedBackend()) as device:
+    with contextlib.closing(EmulatedBackend(unified=unified)) as device:
         chosen = options(found, device, percent, block, nothing_left)
         with flexport.LLM(**chosen, **AMPLE) as llm:
             ids = continue_greedily(llm, prompts_of(found), LENGTHS)
@@ -102,17 +103,20 @@ def test_greedy_tokens_are_those_of_transformers_for_any_mix_of_tiers(
     assert left_bytes == 0
 
 
+@pytest.mark.parametrize("unified", [False, True], ids=["discrete", "unified"])
 @pytest.mark.parametrize("block", BLOCKS[1:], ids=["paced", "chunked", "both"])
-@pytest.mark.parametrize("percent", [MIXES[0], MIXES[2]], ids=["device", "disk"])
+@pytest.mark.parametrize("percent", [MIXES[0], MIXES[2], MIXES[3]], ids=["device", "disk", "mixed"])
 def test_a_device_as_small_as_the_plan_says_is_large_enough(
-    percent, block, reference, continue_greedily, plan_for, nothing_left
+    percent, block, unified, reference, continue_greedily, plan_for, nothing_left
 ):
+    """Where memory is unified that size holds the host's part, too."""
     found = reference()
-    with contextlib.closing(EmulatedBackend()) as ample:
+    with contextlib.closing(EmulatedBackend(unified=unified)) as ample:
         chosen = options(found, ample, percent, block, nothing_left)
         budgets = needed(plan_for(prompts_of(found), LENGTHS, **chosen, **AMPLE))
 
-    with contextlib.closing(EmulatedBackend(memory_bytes=budgets["device_memory"])) as device:
+    small = EmulatedBackend(memory_bytes=budgets["device_memory"], unified=unified)
+    with contextlib.closing(small) as device:
         chosen = options(found, device, percent, block, nothing_left)
         with flexport.LLM(**chosen, **budgets) as llm:
             ids = continue_greedily(llm, prompts_of(found), LENGTHS)

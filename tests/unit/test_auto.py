@@ -90,6 +90,20 @@ def test_more_memory_never_predicts_less(job, budgets, more, unified):
     assert predicted(larger) >= 0.99 * predicted(budgets)
 
 
+@given(job=JOBS, budgets=BUDGETS, addressable=st.booleans())
+def test_where_memory_is_unified_nothing_is_homed_on_the_host(job, budgets, addressable):
+    facts = {"page_tokens": PAGE_TOKENS, "unified": True, "addressable": addressable}
+    try:
+        policy = choose(MODEL, job, budgets, **facts)
+    except DoesNotFit:
+        return
+
+    needs = footprint(MODEL, job, policy, PAGE_TOKENS, True, addressable)
+    assert policy.weights.host == policy.cache.host == policy.activations.host == 0
+    assert within(needs, budgets)
+    assert needs.device_bytes <= budgets.device_bytes + budgets.host_bytes
+
+
 @given(job=JOBS, unified=st.booleans())
 def test_what_fits_in_memory_stays_there(job, unified):
     ample = Budgets(device_bytes=10**13, host_bytes=10**13, disk_bytes=10**13)

@@ -91,6 +91,19 @@ def test_more_rows_and_longer_ones_never_take_less(policy, unified):
 
 
 @given(policy=policies())
+def test_what_the_host_can_not_address_takes_staging_on_both_sides_of_the_one_pool(policy):
+    shared = footprint(MODEL, JOB, policy, PAGE_TOKENS, True)
+    staged = footprint(MODEL, JOB, policy, PAGE_TOKENS, True, addressable=False)
+
+    streams = policy.weights.disk > 0 or policy.cache.disk > 0
+    assert staged.staging_bytes == (shared.staging_bytes[0],) * 2
+    assert (sum(staged.staging_bytes) > sum(shared.staging_bytes)) == streams
+    assert staged.host_bytes == 0
+    assert staged.device_bytes >= shared.device_bytes
+    assert staged.headroom_bytes == (sum(staged.behind_bytes), 0)
+
+
+@given(policy=policies())
 def test_a_job_of_fewer_rows_than_a_block_takes_what_its_rows_take(policy):
     short = replace(JOB, num_rows=1)
 

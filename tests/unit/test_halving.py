@@ -54,13 +54,21 @@ jobs = st.builds(
 )
 
 
-@given(policy=policies(), job=jobs, unified=st.booleans(), model=st.sampled_from([MODEL, TINY]))
-def test_half_a_block_takes_no_more_of_any_tier_and_ends_at_one_row(policy, job, unified, model):
+@given(
+    policy=policies(),
+    job=jobs,
+    unified=st.booleans(),
+    addressable=st.booleans(),
+    model=st.sampled_from([MODEL, TINY]),
+)
+def test_half_a_block_takes_no_more_of_any_tier_and_ends_at_one_row(
+    policy, job, unified, addressable, model
+):
     rows = policy.block_size if job.num_rows is None else min(policy.block_size, job.num_rows)
-    before = footprint(model, job, policy, 16, unified)
+    before = footprint(model, job, policy, 16, unified, addressable)
 
     while (smaller := halved(policy, job)) is not None:
-        after = footprint(model, job, smaller, 16, unified)
+        after = footprint(model, job, smaller, 16, unified, addressable)
         assert (smaller.weights, smaller.cache, smaller.activations) == (
             policy.weights,
             policy.cache,

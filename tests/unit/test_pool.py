@@ -72,6 +72,48 @@ def test_what_is_used_and_what_is_spare_together_stay_below_the_cap(steps):
         assert in_use <= pool.peak_bytes <= pool.capacity_bytes
 
 
+@given(steps=STEPS)
+def test_pools_beside_each_other_stay_below_one_cap_together(steps):
+    memories = [Memory(), Memory()]
+    first = Pool("device", 10 * GRAIN, memories[0].make)
+    pools = [first, first.beside(memories[1].make)]
+    buffers = []
+
+    for verb, number in steps:
+        own = number % 2
+        try:
+            if verb == "take":
+                buffers.append((own, pools[own].take(number)))
+            elif verb == "give back" and buffers:
+                place = number % len(buffers)
+                pools[buffers[place][0]].give_back(buffers.pop(place)[1])
+        except OutOfMemory:
+            assert pools[own].rounded(number) > first.free_bytes
+        gc.collect(0)
+
+        in_use = [sum(b.num_bytes for own, b in buffers if own == kind) for kind in (0, 1)]
+        assert [pool.used_bytes for pool in pools] == [sum(in_use)] * 2
+        # Each buffer is of its own pool's memory, and all that was made is below the cap.
+        assert all(memory.held_bytes >= used for memory, used in zip(memories, in_use, strict=True))
+        assert sum(memory.held_bytes for memory in memories) <= first.capacity_bytes
+
+
+def test_spare_buffers_of_one_kind_make_room_for_the_other():
+    memory, other = Memory(), Memory()
+    pool = Pool("device", 4 * GRAIN, memory.make)
+    beside = pool.beside(other.make)
+    for buffer in [pool.take(GRAIN) for _ in range(4)]:
+        pool.give_back(buffer)
+    del buffer
+
+    taken = beside.take(3 * GRAIN)
+    gc.collect()
+
+    assert (memory.held_bytes, other.held_bytes) == (GRAIN, 3 * GRAIN)
+    beside.give_back(taken)
+    assert pool.take(3 * GRAIN).bytes_B is not taken.bytes_B
+
+
 def test_a_buffer_that_came_back_is_handed_out_again():
     memory = Memory()
     pool = Pool("host", 4 * GRAIN, memory.make)

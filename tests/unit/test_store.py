@@ -20,10 +20,12 @@ BUDGETS = Budgets(device_bytes=1 << 20, host_bytes=1 << 20, disk_bytes=1 << 20)
 
 
 def _backend(kind):
-    return open_backend("cpu")[1] if kind == "cpu" else DiscreteBackend(late=kind == "late")
+    if kind == "cpu":
+        return open_backend("cpu")[1]
+    return DiscreteBackend(late="late" in kind, unified="unified" in kind)
 
 
-@pytest.fixture(params=["cpu", "threads", "late"])
+@pytest.fixture(params=["cpu", "threads", "late", "unified", "unified, late"])
 def store(request, tmp_path):
     with closing(_backend(request.param)) as backend, Store(backend, BUDGETS, tmp_path) as store:
         yield store
@@ -189,6 +191,66 @@ def test_a_write_that_fails_is_heard_of_though_nobody_waits_for_it(store, monkey
         kept.last.join()
     with pytest.raises(OSError, match="worn out"):
         store.check()
+
+
+def test_where_memory_is_unified_what_is_at_home_on_the_host_lies_in_device_memory(tmp_path):
+    with (
+        closing(DiscreteBackend(unified=True)) as device,
+        Store(device, BUDGETS, tmp_path) as store,
+    ):
+        kept = store.keep("cache", 10_000, Tier.HOST)
+        _write(store, kept, 1)
+        found = _read(store, kept)
+        moved_bytes = [device.moved_bytes("host_to_device"), device.moved_bytes("device_to_host")]
+
+        assert torch.equal(found, _pattern(1, 10_000))
+        assert moved_bytes == [0, 0]
+        assert store.staging_bytes(kept) == (0, 0)
+
+
+def test_where_memory_is_unified_both_kinds_of_buffers_are_under_one_cap(tmp_path):
+    both_bytes = BUDGETS.device_bytes + BUDGETS.host_bytes
+    half = both_bytes // 2
+    with (
+        closing(DiscreteBackend(unified=True)) as device,
+        Store(device, BUDGETS, tmp_path) as store,
+    ):
+        kept = store.keep("cache", half // 2, Tier.DISK)
+        _write(store, kept, 1)
+        lease = store.fetch(kept)
+        lease.ticket.wait()
+        used_bytes = store.device.used_bytes
+        with pytest.raises(OutOfMemory):
+            store.keep("cache", half + 1, Tier.DEVICE)
+        lease.release()
+        del lease
+        # Now all of it is spare, and in buffers of the wrong size, half of them in host memory.
+        store.keep("cache", both_bytes, Tier.DEVICE)
+
+        assert used_bytes == half == sum(store.staging_bytes(kept))
+        assert device.peak_bytes == store.device.peak_bytes == both_bytes
+
+
+def test_where_memory_is_unified_the_device_gets_work_from_no_thread_of_the_stores(tmp_path):
+    """Some devices without links of their own take work from one thread at a time only."""
+    callers = []
+
+    class Watched(DiscreteBackend):
+        def copy_async(self, src, dst):
+            callers.append(threading.current_thread())
+            return super().copy_async(src, dst)
+
+    with closing(Watched(unified=True)) as device, Store(device, BUDGETS, tmp_path) as store:
+        kept = [store.keep("cache", 10_000, Tier.DISK) for _ in range(5)]
+        for seed, each in enumerate(kept):
+            _write(store, each, seed)
+        leases = [store.fetch(each) for each in kept]
+        for lease in leases:
+            lease.ticket.wait()
+            lease.ticket.join()
+            lease.release()
+
+    assert callers == [threading.current_thread()] * 10
 
 
 def test_disk_room_of_dropped_bundles_is_waited_for(store):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexport.errors import OutOfMemory
 
-__all__ = ["Arena", "Memory", "poisoned"]
+__all__ = ["Arena", "Memory", "host_bytes", "poisoned"]
 
 POISON = 0xFF
 """Fills fresh memory: every float that consists of such bytes is NaN, every signed int is -1."""
@@ -66,6 +66,21 @@ class Arena:
             self.used_bytes -= num_bytes
             if allocated:
                 self.allocated_bytes -= num_bytes
+
+
+class _HostMemory(bytearray):
+    """Host memory that is counted for as long as a tensor views it."""
+
+    memory: Memory
+
+
+def host_bytes(num_bytes: int, memory: Memory) -> Tensor:
+    """Real bytes full of poison, shape (B,), with which `memory` lives and goes."""
+    # Torch can't view no bytes at all.
+    held = _HostMemory(max(1, num_bytes))
+    held.memory = memory
+    with torch.inference_mode(False):
+        return torch.frombuffer(held, dtype=torch.uint8)[:num_bytes].fill_(POISON)
 
 
 def poisoned(num_bytes: int) -> Tensor:

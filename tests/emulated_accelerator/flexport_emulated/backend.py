@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexport.backend import AttentionSpec, Capabilities, Ticket
 from flexport_emulated import kernels
-from flexport_emulated.arena import poisoned
+from flexport_emulated.arena import host_bytes, poisoned
 from flexport_emulated.device import Device
 from flexport_emulated.device_tensor import DeviceTensor
 from flexport_emulated.lanes import Fault, Lane
@@ -31,11 +31,18 @@ LINKS: tuple[Link, ...] = ("host_to_device", "device_to_host", "within")
 
 PAGE_TOKENS = 16
 
+EXPRESS_BYTES = 64 << 10
+"""Smaller copies have a lane of their own: a few token ids must not queue behind a layer's weights.
+A real device has several queues for a link, and large copies can be cut."""
+
 ENVIRONMENT_PREFIX = "FLEXPORT_EMULATED_"
 
 
 class EmulatedBackend:
-    """A discrete accelerator with a hard memory size, queues and rates.
+    """An accelerator with a hard memory size, queues and rates.
+
+    With `unified=True` what `allocate` gives of host memory counts against the same size, though
+    the host addresses device memory no more than otherwise.
 
     All work is queued and done in order: kernels and torch operations by one thread, copies by
     one thread for each direction. Rates are the fastest that the lanes may be; None is as fast
@@ -46,6 +53,7 @@ class EmulatedBackend:
         self,
         *,
         memory_bytes: int = 1 << 30,
+        unified: bool = False,
         link_bytes_per_s: float | None = None,
         link_latency_s: float = 0.0,
         flops_per_s: float | None = None,
@@ -58,10 +66,14 @@ class EmulatedBackend:
         """Errors of copies, which `sync` has to tell."""
         self._lock = threading.Lock()
         self._links = {link: Lane(link, self._fail) for link in LINKS}
+        self._express = {
+            link: Lane(f"{link}, express", self._fail, lane.faults)
+            for link, lane in self._links.items()
+        }
         self._capabilities = Capabilities(
             name="emulated (an accelerator in host memory)",
             memory_bytes=memory_bytes,
-            unified=False,
+            unified=unified,
             dtypes=("float32", "bfloat16", "float16"),
             dtype_reason="its kernels compute in float32, whatever they are given",
             page_tokens=PAGE_TOKENS,
@@ -84,7 +96,7 @@ class EmulatedBackend:
 
     @property
     def used_bytes(self) -> int:
-        """Device memory that tensors hold now."""
+        """Device memory that tensors hold now; where memory is unified, the host's too."""
         return self._device.arena.used_bytes
 
     @property
@@ -109,13 +121,14 @@ class EmulatedBackend:
 
     def busy_s(self, lane: Link | Literal["compute"]) -> float:
         """Seconds that a lane has worked so far."""
-        return self._lane(lane).busy_s
+        return sum(each.busy_s for each in self._lanes(lane))
 
     @contextmanager
     def held(self, lane: Link | Literal["compute"]) -> Iterator[None]:
         """While it lasts, the lane takes work and begins none of it."""
         gate = threading.Event()
-        self._lane(lane).give(lambda: None, after=gate)
+        for each in self._lanes(lane):
+            each.give(lambda: None, after=gate)
         try:
             yield
         finally:
@@ -123,7 +136,7 @@ class EmulatedBackend:
 
     def num_begun(self, lane: Link | Literal["compute"]) -> int:
         """How many copies, or matmuls and attentions, a lane has begun so far."""
-        return self._lane(lane).faults.num_begun
+        return self._lanes(lane)[0].faults.num_begun  # which all of them share
 
     def fail_copy(self, link: Link, number: int, error: Fault) -> None:
         """Make a copy over a link fail, once; 0 is the next that begins."""
@@ -147,12 +160,16 @@ class EmulatedBackend:
         self._device.check("allocate")
         if where == "device":
             return self._device.make(tuple(shape), None, dtype, allocated=True)
-        flat = poisoned(math.prod(shape) * dtype.itemsize)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if self._capabilities.unified:
+            flat = host_bytes(num_bytes, self._device.arena.take(num_bytes, allocated=True))
+        else:
+            flat = poisoned(num_bytes)
         with torch.inference_mode(False):
             return flat.view(dtype).view(tuple(shape))
 
     def copy_async(self, src: Tensor, dst: Tensor) -> Ticket:
-        """Queue the copy in its link's lane, behind all compute issued by now."""
+        """Queue the copy in one of its link's lanes, behind all compute issued by now."""
         self._device.check("copy_async")
         if src.shape != dst.shape or src.dtype != dst.dtype:
             raise ValueError(
@@ -160,11 +177,13 @@ class EmulatedBackend:
                 f"destination {tuple(dst.shape)} {dst.dtype}"
             )
         link = self._link(src, dst)
+        num_bytes = src.numel() * src.element_size()
         cost_s = self._link_latency_s
         if self._link_bytes_per_s is not None:
-            cost_s += src.numel() * src.element_size() / self._link_bytes_per_s
+            cost_s += num_bytes / self._link_bytes_per_s
         copy = _Copy(src, dst, self._device, self._fail)
-        self._links[link].give(
+        lanes = self._express if num_bytes < EXPRESS_BYTES else self._links
+        lanes[link].give(
             copy.run,
             end=copy.end,
             after=self._device.compute.mark(),
@@ -221,7 +240,8 @@ class EmulatedBackend:
     def sync(self) -> None:
         """Block until everything issued so far is done; raise the first error since the last call."""
         self._device.must_be_open("sync")
-        for lane in (self._device.compute, *self._links.values(), self._device.compute):
+        compute = self._device.compute
+        for lane in (compute, *self._links.values(), *self._express.values(), compute):
             lane.drain()
         with self._lock:
             untold = [*self._untold, *self._device.take_errors()]
@@ -231,16 +251,19 @@ class EmulatedBackend:
 
     def close(self) -> None:
         """Finish what was issued and end the lanes; may be called twice."""
-        for lane in self._links.values():
+        lanes = (*self._links.values(), *self._express.values())
+        for lane in lanes:
             lane.drain()
         self._device.close()
-        for lane in self._links.values():
+        for lane in lanes:
             lane.close()
 
     # ---- inside
 
-    def _lane(self, lane: Link | Literal["compute"]) -> Lane:
-        return self._device.compute if lane == "compute" else self._links[lane]
+    def _lanes(self, lane: Link | Literal["compute"]) -> tuple[Lane, ...]:
+        if lane == "compute":
+            return (self._device.compute,)
+        return self._links[lane], self._express[lane]
 
     def _kernel(
         self,

@@ -58,10 +58,15 @@ class Faults:
 class Lane:
     """A queue of work and the thread that does it."""
 
-    def __init__(self, name: str, on_error: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        on_error: Callable[[BaseException], None],
+        faults: Faults | None = None,
+    ) -> None:
         """`on_error` hears of what fails and has no `end` of its own."""
         self.name = name
-        self.faults = Faults()
+        self.faults = faults or Faults()
         self.busy_s = 0.0
         """How long it has worked, waiting not included."""
         self._on_error = on_error
