@@ -64,7 +64,8 @@ class Admission:
         host: HostCompute | None = None,
     ) -> None:
         """`host` is the CPU beside the device, if there is one."""
-        self.prompt_tokens = 0
+        self.num_rows = 0
+        """Rows that were let in so far."""
         self._policy = plan.policy
         self._shape = shape
         self._host_shape: CacheShape | None = None
@@ -111,7 +112,7 @@ class Admission:
                 continue
             self._work.batches[batch.index] = batch
             self._num_batches += 1
-            self.prompt_tokens += sum(len(row.prompt_ids) for row in rows)
+            self.num_rows += len(rows)
             yield batch.plan
 
     def _batch(self, rows: Sequence[Row]) -> Batch:

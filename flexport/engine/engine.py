@@ -7,24 +7,28 @@ until then needs no torch, so that what can't work is refused before torch is im
 
 from __future__ import annotations
 
+import gc
+import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flexport.backend import Backend, Capabilities
+from flexport.engine.attempts import forget, joined, retry
+from flexport.engine.in_flight import InFlight
 from flexport.engine.limits import default_budgets, dtype_for
 from flexport.engine.plan import Plan, model_sizes
 from flexport.engine.source import open_source
 from flexport.engine.trace import Trace
-from flexport.errors import DoesNotFit, PolicyError, UsageError
+from flexport.errors import DoesNotFit, OutOfMemory, PolicyError, UsageError
 from flexport.planner.auto import Choice, check, choose
-from flexport.planner.footprint import JobSizes, footprint, page_tokens_for
-from flexport.policy import Policy
+from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint, page_tokens_for
+from flexport.planner.halving import halved, left_over
+from flexport.policy import Budgets, Policy
 from flexport.records import Completion, Request
 from flexport.registry import describe_backend, open_backend
 from flexport.tokenizer import Tokenizer, open_tokenizer
@@ -39,9 +43,17 @@ __all__ = ["Engine"]
 PEEK_ROWS = 512
 """Rows that are looked at before the policy is made; a longer job is taken to be like them."""
 
+_log = logging.getLogger(__name__)
+
+Item = TypeVar("Item", bound=Hashable)
+Result = TypeVar("Result")
+
 
 class Engine:
     """Runs jobs. A context manager: closing it removes every file it made."""
+
+    budgets: Budgets
+    """Of the next plan: those asked for, less what memory has turned out not to be there."""
 
     def __init__(
         self,
@@ -61,7 +73,9 @@ class Engine:
     ) -> None:
         """`backend` is a registered name, or one that is open and stays the caller's to close.
 
-        `policy` is obeyed as it is; without it one is made that keeps to `choice`.
+        `policy` is obeyed as it is; without it one is made that keeps to `choice`. If memory runs
+        out in the middle of a job its block is halved, whoever chose it: that the rows get their
+        answers was asked for, too, and says more than the number of them that share a sweep.
 
         `budgets` are caps in bytes for device, host and disk; None takes what is free.
         `on_plan` is called with each plan before anything of it is done. What every lane does
@@ -90,6 +104,7 @@ class Engine:
         else:
             self.backend_name, self.backend = backend.capabilities.name, backend
         self._know(self.backend.capabilities)
+        self._asked: tuple[Budgets, Policy | None] = (self.budgets, policy)
         self._trace = None if trace is None else Trace(trace)
         self.tokenizer: Tokenizer | None = (
             open_tokenizer(self._source.directory) if self._source.directory else None
@@ -108,13 +123,17 @@ class Engine:
         Raises DoesNotFit before anything is computed if the budgets are too small. Closing the
         iterator early ends the job and leaves the engine ready for the next one; an error, which
         may leave copies half done, costs the next job the loading of the weights.
+
+        Where memory runs out though the plan fits (another process took it, or a kernel's
+        workspace), the job goes on with half the block, from the prompts of the rows that have
+        no completion yet; the report's `retries` and a warning tell. Raises OutOfMemory when the
+        block is one row.
         """
         with self._one_job():
-            yield from self._generate(requests)
+            yield from self._generate(InFlight(requests))
 
-    def _generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        source = iter(requests)
-        head = list(islice(source, PEEK_ROWS))
+    def _generate(self, rows: InFlight[Request]) -> Iterator[Completion]:
+        head = rows.peek(PEEK_ROWS)
         if not head:
             return
         known = len(head) if len(head) < PEEK_ROWS else None
@@ -125,27 +144,40 @@ class Engine:
         )
         for request in head:
             self._check_length(len(request.token_ids), request.sampling.max_tokens)
-        loaded = self._prepare(job)
-        try:
-            yield from loaded.generate(chain(head, source), self.tokenizer, self._seed, PEEK_ROWS)
-        finally:
-            self._finish(loaded)
+        del head, request
+
+        def attempt(loaded: Loaded) -> Iterator[Completion]:
+            left = rows.remaining()
+            for completion in loaded.generate(left, self.tokenizer, self._seed, PEEK_ROWS):
+                rows.done(completion.request)
+                yield completion
+
+        yield from self._in_attempts(job, rows, attempt)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        """How likely each continuation is after its context, both given as token ids."""
+        """How likely each continuation is after its context, both given as token ids.
+
+        Where memory runs out it goes on like `generate`, with the pairs that have no score yet.
+        """
         if not pairs:
             return []
         # The last token of a continuation is scored and never computed.
         longest = max(len(context) + len(target) - 1 for context, target in pairs)
         self._check_length(longest, 1)
+        job = JobSizes(prompt_tokens=longest, new_tokens=1, num_rows=len(pairs))
+        rows = InFlight(range(len(pairs)))
+        scores: dict[int, Score] = {}
+
+        def attempt(loaded: Loaded) -> Iterator[None]:
+            for index, score in loaded.score((index, *pairs[index]) for index in rows.remaining()):
+                rows.done(index)
+                scores[index] = score
+                yield
+
         with self._one_job():
-            loaded = self._prepare(
-                JobSizes(prompt_tokens=longest, new_tokens=1, num_rows=len(pairs))
-            )
-            try:
-                return loaded.score(pairs)
-            finally:
-                self._finish(loaded)
+            for _ in self._in_attempts(job, rows, attempt):
+                pass
+        return [scores[index] for index in range(len(pairs))]
 
     def close(self) -> None:
         """Give everything back. A second call does nothing."""
@@ -181,6 +213,70 @@ class Engine:
         finally:
             self._busy = False
 
+    def _in_attempts(
+        self,
+        job: JobSizes,
+        rows: InFlight[Item],
+        attempt: Callable[[Loaded], Iterator[Result]],
+    ) -> Iterator[Result]:
+        """What `attempt` gives of all rows, though it may take several of smaller and smaller blocks.
+
+        Each begins with the weights' loading: lanes may have been anywhere when memory ran out,
+        and only a store that is closed has no copy under way.
+        """
+        policy: Policy | None = None
+        reports: list[dict[str, Any]] = []
+        retries: list[dict[str, Any]] = []
+        while True:
+            loaded = self._prepare(job, policy)
+            try:
+                yield from attempt(loaded)
+            except OutOfMemory as error:
+                if rows.source_error is not None:  # that was not the engine's memory
+                    raise rows.source_error from None
+                policy = self._halve(loaded, error)
+                retries.append(retry(str(error), loaded.plan.policy, policy, loaded.num_lost))
+                forget(error)
+            else:
+                reports.append(loaded.report)
+                self.report = joined(reports, retries)
+                return
+            finally:
+                if loaded.closed and self._loaded is loaded:
+                    self._loaded = None
+            reports.append(loaded.report)
+            del loaded
+            gc.collect()  # a store and its pools know each other
+
+    def _halve(self, loaded: Loaded, error: OutOfMemory) -> Policy:
+        """The policy to go on with, which has budgets that leave some memory to others.
+
+        Later jobs keep to them as well, as far as they can. Raises OutOfMemory if one row is all
+        that was in flight.
+        """
+        plan = loaded.plan
+        policy = halved(plan.policy, plan.job)
+        if policy is None:
+            raise OutOfMemory(
+                f"{error}; one row at a time ran out of memory, so no smaller block helps: keep less "
+                "of the model in memory (--percent, or a smaller --device-memory), give a visit "
+                "fewer --prefill-tokens, or end what else takes the memory"
+            ) from error
+        _log.warning(
+            "out of memory: %s; going on with %d x %d rows in place of %d x %d, %d rows begin again",
+            error,
+            policy.num_batches,
+            policy.batch_size,
+            plan.policy.num_batches,
+            plan.policy.batch_size,
+            loaded.num_lost,
+        )
+        needs = self._footprint(plan.job, policy)
+        self.budgets = left_over(self.budgets, loaded.held_bytes, plan.needs, needs)
+        if self._policy is not None:
+            self._policy = policy
+        return policy
+
     # ---- plans
 
     def _know(self, facts: Capabilities) -> None:
@@ -209,16 +305,17 @@ class Engine:
                 f"the {self.spec.max_positions} positions of {self.model_name}"
             )
 
-    def _prepare(self, job: JobSizes) -> Loaded:
+    def _prepare(self, job: JobSizes, policy: Policy | None = None) -> Loaded:
         """A plan for the job, in force; the weights stay where they are if it wants them there."""
         try:
-            plan = self._make_plan(job)
+            plan = self._make_plan(job, policy)
         except DoesNotFit:
-            if self._loaded is None:
+            if self._loaded is None and self._asked == (self.budgets, self._policy):
                 raise
-            # What an earlier job left resident may be what is in the way.
+            # What an earlier job left resident may be what is in the way, or what it left free.
             self._unload()
-            plan = self._make_plan(job)
+            self.budgets, self._policy = self._asked
+            plan = self._make_plan(job, policy)
         if self._on_plan is not None and plan != self.plan:
             self._on_plan(plan)
         self.plan = plan
@@ -236,36 +333,32 @@ class Engine:
         self._loaded.follow(plan)
         return self._loaded
 
-    def _finish(self, loaded: Loaded) -> None:
-        """Take the job's report; a job that failed has closed what it ran on."""
-        self.report = loaded.report
-        if loaded.closed and self._loaded is loaded:
-            self._loaded = None
-
-    def _make_plan(self, job: JobSizes) -> Plan:
-        file_item_bytes = VALUE_BYTES[self._source.file_dtype or self.dtype]
-        sizes = model_sizes(self.spec, file_item_bytes, VALUE_BYTES[self.dtype])
-        preferred = self._facts.page_tokens
-        unified, addressable = self._facts.unified, self._facts.addressable
+    def _make_plan(self, job: JobSizes, policy: Policy | None = None) -> Plan:
+        """The plan of `policy`, or else of the one asked for, or else of the best."""
+        preferred, unified = self._facts.page_tokens, self._facts.unified
         choice = self._choice
         if self._loaded is not None and self.plan is not None:  # what is loaded stays there
             loaded = self.plan.policy
             choice = replace(choice, weights=loaded.weights, cpu_projections=loaded.cpu_projections)
-        policy = self._policy or choose(
-            sizes,
-            job,
-            self.budgets,
-            page_tokens=preferred,
-            unified=unified,
-            addressable=addressable,
-            fixed=choice,
+        policy = (
+            policy
+            or self._policy
+            or choose(
+                self._sizes,
+                job,
+                self.budgets,
+                page_tokens=preferred,
+                unified=unified,
+                addressable=self._facts.addressable,
+                fixed=choice,
+            )
         )
         if unified and (policy.cpu_attention or policy.cpu_projections):
             raise PolicyError(
                 f"cpu_attention and cpu_projections are for a device with memory of its own; on "
                 f"{self._facts.name} it is the host's, and everything is computed where it lies"
             )
-        needs = footprint(sizes, job, policy, preferred, unified, addressable)
+        needs = self._footprint(job, policy)
         check(needs, policy, self.budgets)
         return Plan(
             model=self.model_name,
@@ -277,8 +370,19 @@ class Engine:
             needs=needs,
             budgets=self.budgets,
             page_tokens=page_tokens_for(policy, preferred),
-            stream_bytes=round(policy.weights.disk * sizes.stream_bytes),
+            stream_bytes=round(policy.weights.disk * self._sizes.stream_bytes),
         )
+
+    def _footprint(self, job: JobSizes, policy: Policy) -> Footprint:
+        facts = self._facts
+        return footprint(
+            self._sizes, job, policy, facts.page_tokens, facts.unified, facts.addressable
+        )
+
+    @property
+    def _sizes(self) -> ModelSizes:
+        file_item_bytes = VALUE_BYTES[self._source.file_dtype or self.dtype]
+        return model_sizes(self.spec, file_item_bytes, VALUE_BYTES[self.dtype])
 
     def _unload(self) -> None:
         """Give the weights back, and all that was made on disk."""

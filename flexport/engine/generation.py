@@ -37,7 +37,6 @@ class Generation:
         self, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int], run_seed: int
     ) -> None:
         self.completions: deque[Completion] = deque()
-        self.num_tokens = 0
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._run_seed = run_seed
@@ -88,7 +87,6 @@ class Generation:
     def _push(self, row: Row, token_id: int) -> None:
         job = _job(row)
         row.sampled_ids.append(token_id)
-        self.num_tokens += 1
         stopped = job.decoder.push(token_id)
         reason: FinishReason | None = None
         if stopped or token_id in job.end_ids:

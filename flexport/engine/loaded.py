@@ -6,8 +6,8 @@ This is what needs torch; what comes before, `engine`, does without.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from flexport.engine.host_compute import HostCompute
 from flexport.engine.pages import CacheShape
 from flexport.engine.plan import Plan
 from flexport.engine.report import report
-from flexport.engine.rows import Row
+from flexport.engine.rows import Done, Row
 from flexport.engine.scoring import Score, Scoring
 from flexport.engine.source import Source
 from flexport.engine.weights import ModelWeights, place_weights
 from flexport.engine.work import JobWork, Purpose
+from flexport.errors import OutOfMemory
 from flexport.intake.pack import pack
 from flexport.records import Completion, Request
 from flexport.registry import CPU, open_backend
@@ -32,7 +33,7 @@ from flexport.schedule.order import Rota
 from flexport.store.lanes import Watch
 from flexport.store.store import Store
 from flexport.tokenizer import Tokenizer
-from flexport.torch_ops import torch_dtype
+from flexport.torch_ops import is_out_of_memory, torch_dtype
 
 __all__ = ["Loaded"]
 
@@ -49,76 +50,101 @@ class Loaded:
         seed: int,
         watch: Watch | None = None,
     ) -> None:
-        """Reads what is to be resident. `seed` is that of made-up weights."""
+        """Reads what is to be resident. `seed` is that of made-up weights.
+
+        Raises OutOfMemory, for which no smaller block helps: weights come before any row.
+        """
         started_s = time.perf_counter()
         self.closed = False
         self._spec = source.spec
-        self._plan = plan
+        self.plan = plan
+        """The plan in force."""
         self._work_bytes = 0
         self._backend = backend
         self._cpu: Backend | None = None
         self._watch = watch
         self.store = Store(backend, plan.budgets, offload_dir, watch)
         try:
-            files = source.files
-            if files is None:
-                files = source.make_up(self.store.open_run_directory(), plan.dtype, seed)
-            layers = place_weights(
-                self._spec,
-                files,
-                plan.policy.weights,
-                projections_on_host=plan.policy.cpu_projections,
-            )
-            self.weights = ModelWeights(
-                self._spec,
-                layers,
-                self.store,
-                torch_dtype(plan.dtype),
-                cpu_projections=plan.policy.cpu_projections,
-            )
-            self.weights.load()
+            with _told_as_out_of_memory():
+                files = source.files
+                if files is None:
+                    files = source.make_up(self.store.open_run_directory(), plan.dtype, seed)
+                layers = place_weights(
+                    self._spec,
+                    files,
+                    plan.policy.weights,
+                    projections_on_host=plan.policy.cpu_projections,
+                )
+                self.weights = ModelWeights(
+                    self._spec,
+                    layers,
+                    self.store,
+                    torch_dtype(plan.dtype),
+                    cpu_projections=plan.policy.cpu_projections,
+                )
+                self.weights.load()
+        except OutOfMemory as error:
+            self.close()
+            raise OutOfMemory(
+                f"{error}; this was while weights were loaded: a smaller --device-memory, or "
+                "--percent, keeps fewer of them in memory"
+            ) from error
         except BaseException:
             self.close()
             raise
         self._load_s = time.perf_counter() - started_s
         self.report: dict[str, Any] = {}
-        """The last job's."""
+        """Of the last job that ended, or ran out of memory."""
+        self.held_bytes = (0, 0)
+        """What a job that ran out of memory had of device and host: so much there is."""
+        self.num_lost = 0
+        """Rows that it had begun and gave no result of."""
 
     def follow(self, plan: Plan) -> None:
         """Go on with another plan that leaves the weights where they are."""
-        assert plan.policy.weights == self._plan.policy.weights, (plan, self._plan)
-        assert plan.policy.cpu_projections == self._plan.policy.cpu_projections, plan
+        assert plan.policy.weights == self.plan.policy.weights, (plan, self.plan)
+        assert plan.policy.cpu_projections == self.plan.policy.cpu_projections, plan
         self.store.device.unreserve(self._work_bytes)
         self._work_bytes = 0
         self.store.device.reserve(plan.needs.work_bytes)
         self._work_bytes = plan.needs.work_bytes
-        self._plan = plan
+        self.plan = plan
 
     def generate(
         self, requests: Iterable[Request], tokenizer: Tokenizer | None, seed: int, peek_rows: int
     ) -> Iterator[Completion]:
         """Completions as rows end. Rows that were looked at together are sorted by length."""
-        plan = self._plan
+        plan, done = self.plan, Done()
         generation = Generation(tokenizer, self._spec.eos_token_ids, seed)
         window = max(peek_rows, 4 * plan.policy.block_size)
         area = Area.of(plan, self._cache_shape())
         packed = pack(requests, plan.policy.batch_size, window, area.holds)
         batches = ([generation.row(request) for request in requests] for requests in packed)
-        with closing(self._run(batches, generation, lambda: generation.num_tokens)) as visits:
+        with closing(self._run(batches, generation, done)) as visits:
             for _ in visits:
                 while generation.completions:
-                    yield generation.completions.popleft()
+                    completion = generation.completions.popleft()
+                    done.add(len(completion.request.token_ids), len(completion.token_ids))
+                    yield completion
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        """How likely each continuation is after its context, both given as token ids."""
-        scoring = Scoring()
-        rows = [scoring.row(index, *pair) for index, pair in enumerate(pairs)]
+    def score(
+        self, pairs: Iterable[tuple[int, Sequence[int], Sequence[int]]]
+    ) -> Iterator[tuple[int, Score]]:
+        """How likely each continuation is after its context, as rows end.
+
+        Takes (index, context, continuation), the latter two as token ids, and gives (index, score).
+        """
+        scoring, done = Scoring(), Done()
+        rows = [scoring.row(*pair) for pair in pairs]
         rows.sort(key=lambda row: -len(row.prompt_ids))
-        size = self._plan.policy.batch_size
+        size = self.plan.policy.batch_size
         batches = (rows[begin : begin + size] for begin in range(0, len(rows), size))
-        for _ in self._run(batches, scoring, lambda: 0):
-            pass
-        return [score for _, score in sorted(scoring.scores, key=lambda scored: scored[0])]
+        with closing(self._run(batches, scoring, done)) as visits:
+            for _ in visits:
+                while scoring.scores:
+                    index, num_tokens, score = scoring.scores.popleft()
+                    done.add(num_tokens, 0)
+                    yield index, score
 
     def close(self) -> None:
         """Give the weights back, and all that was made on disk. A second call does nothing."""
@@ -131,10 +157,13 @@ class Loaded:
                 self._backend.sync()
 
     def _run(
-        self, batches: Iterable[Sequence[Row]], purpose: Purpose, num_generated: Callable[[], int]
+        self, batches: Iterable[Sequence[Row]], purpose: Purpose, done: Done
     ) -> Generator[None, None, None]:
-        """Run rows given as micro-batches; yields after each visit."""
-        plan, store = self._plan, self.store
+        """Run rows given as micro-batches; yields after each visit.
+
+        Whatever ran out of memory, and whatever it called that, is raised as OutOfMemory.
+        """
+        plan, store = self.plan, self.store
         clock = Clock(self._watch)
         host = self._host_compute()
         work = JobWork(
@@ -157,38 +186,48 @@ class Loaded:
         started_s = time.perf_counter()
         before = store.lane_counts()
         clock.start()
+
+        def told() -> dict[str, Any]:
+            return report(
+                plan=plan,
+                store=store,
+                clock=clock,
+                host_compute_s=host.busy_s if host is not None else 0.0,
+                lanes={
+                    name: (moved - before[name][0], busy_s - before[name][1])
+                    for name, (moved, busy_s) in store.lane_counts().items()
+                },
+                load_s=self._load_s,
+                total_s=time.perf_counter() - started_s,
+                done=done,
+            )
+
         try:
-            for _ in execute(rota.visits(), work):
-                yield
-            store.drain()
-            if host is not None:
-                host.close()
+            with _told_as_out_of_memory():
+                for _ in execute(rota.visits(), work):
+                    yield
+                store.drain()
+                if host is not None:
+                    host.close()
         except GeneratorExit:
             if not self.closed:  # else it was closed before its iterator
                 work.abandon()
                 store.drain()
             raise
+        except OutOfMemory:
+            self.held_bytes = (store.device.held_bytes, store.host.held_bytes)
+            self.num_lost = admission.num_rows - done.num_rows
+            self.close()
+            self.report = told()
+            raise
         except BaseException:
             self.close()
             raise
-        self.report = report(
-            plan=plan,
-            store=store,
-            clock=clock,
-            host_compute_s=host.busy_s if host is not None else 0.0,
-            lanes={
-                name: (moved - before[name][0], busy_s - before[name][1])
-                for name, (moved, busy_s) in store.lane_counts().items()
-            },
-            load_s=self._load_s,
-            total_s=time.perf_counter() - started_s,
-            prompt_tokens=admission.prompt_tokens,
-            generated_tokens=num_generated(),
-        )
+        self.report = told()
 
     def _host_compute(self) -> HostCompute | None:
         """The CPU beside the device, if the plan in force has work for it."""
-        policy = self._plan.policy
+        policy = self.plan.policy
         if not (policy.cpu_attention or policy.cpu_projections):
             return None
         if self._cpu is None:
@@ -198,5 +237,19 @@ class Loaded:
     def _cache_shape(self) -> CacheShape:
         """The shape of the model's cache under the plan in force."""
         by_feature = self._backend.capabilities.keys_by_feature
-        dtype = torch_dtype(self._plan.dtype)
-        return CacheShape.of(self._spec, self._plan.page_tokens, by_feature, dtype)
+        dtype = torch_dtype(self.plan.dtype)
+        return CacheShape.of(self._spec, self.plan.page_tokens, by_feature, dtype)
+
+
+@contextmanager
+def _told_as_out_of_memory() -> Iterator[None]:
+    """Raise as OutOfMemory what torch and the libraries below it raise when memory runs out.
+
+    So that everybody above this has one kind of error to think of.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(str(error) or "no memory is left") from error

@@ -10,8 +10,10 @@ from typing import Any
 import psutil
 
 import flexport
+from flexport.engine.attempts import throughput
 from flexport.engine.clock import Clock
 from flexport.engine.plan import Plan
+from flexport.engine.rows import Done
 from flexport.engine.trace import HOST_COMPUTE
 from flexport.policy import Tier
 from flexport.store.store import Store
@@ -30,14 +32,20 @@ def report(
     lanes: Mapping[str, tuple[int, float]],
     load_s: float,
     total_s: float,
-    prompt_tokens: int,
-    generated_tokens: int,
+    done: Done,
 ) -> dict[str, Any]:
     """The report as plain data. Sizes are bytes, times seconds.
 
-    host_compute_s is what the CPU beside the device computed; `lanes` has the bytes that each lane moved during the job, and the seconds it was busy.
+    host_compute_s is how long the CPU beside the device computed; `lanes` has the bytes that each
+    lane moved during the job, and the seconds it was busy.
     """
-    busy_s = clock.prefill_s + clock.decode_s
+    seconds = {
+        "load": load_s,
+        "prefill": clock.prefill_s,
+        "decode": clock.decode_s,
+        "total": total_s + load_s,
+    }
+    tokens = {"prompt": done.prompt_tokens, "generated": done.generated_tokens}
     return {
         "model": plan.model,
         "backend": plan.backend,
@@ -50,23 +58,15 @@ def report(
             "disk": store.disk_peak_bytes,
         },
         "moved_bytes": {name: moved for name, (moved, _) in lanes.items()},
-        "seconds": {
-            "load": load_s,
-            "prefill": clock.prefill_s,
-            "decode": clock.decode_s,
-            "total": total_s + load_s,
-        },
+        "seconds": seconds,
         "busy_seconds": {
             "compute": clock.compute_s,
             HOST_COMPUTE: host_compute_s,
             **{name: lane_busy_s for name, (_, lane_busy_s) in lanes.items()},
         },
         "wait_seconds": {"compute": clock.wait_s},
-        "tokens": {"prompt": prompt_tokens, "generated": generated_tokens},
-        "throughput": {
-            "generation_tok_s": generated_tokens / busy_s if busy_s else 0.0,
-            "total_tok_s": (prompt_tokens + generated_tokens) / busy_s if busy_s else 0.0,
-        },
+        "tokens": tokens,
+        "throughput": throughput(tokens, seconds),
         "predicted": plan.to_dict()["needs"],
         "plan": plan.to_dict(),
         "machine": {

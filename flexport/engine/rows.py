@@ -8,7 +8,22 @@ from dataclasses import dataclass, field
 from flexport.engine.cache import BatchCache
 from flexport.schedule.order import BatchPlan, Piece
 
-__all__ = ["Batch", "Row"]
+__all__ = ["Batch", "Done", "Row"]
+
+
+@dataclass(slots=True, eq=False)
+class Done:
+    """What a job has to show: rows that were handed to whoever asked, and their tokens."""
+
+    num_rows: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+    def add(self, prompt_tokens: int, generated_tokens: int) -> None:
+        """Count one more row."""
+        self.num_rows += 1
+        self.prompt_tokens += prompt_tokens
+        self.generated_tokens += generated_tokens
 
 
 @dataclass(slots=True, eq=False)

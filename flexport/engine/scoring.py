@@ -41,10 +41,10 @@ class _Job:
 
 
 class Scoring:
-    """Keeps scores until they are taken from `scores`, as (index, score)."""
+    """Keeps scores until they are taken from `scores`, as (index, tokens computed, score)."""
 
     def __init__(self) -> None:
-        self.scores: deque[tuple[int, Score]] = deque()
+        self.scores: deque[tuple[int, int, Score]] = deque()
 
     def row(self, index: int, context_ids: Sequence[int], target_ids: Sequence[int]) -> Row:
         """A row that computes its context and all but the last of its targets."""
@@ -76,7 +76,8 @@ class Scoring:
             at += count
             if len(job.log_probs) == len(job.targets):
                 row.ended = True
-                self.scores.append((job.index, Score.of(job.log_probs, job.is_greedy)))
+                score = Score.of(job.log_probs, job.is_greedy)
+                self.scores.append((job.index, len(row.prompt_ids), score))
 
 
 def _job(row: Row) -> _Job:

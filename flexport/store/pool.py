@@ -92,6 +92,11 @@ class Pool:
         return self._books.peak_bytes
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes in use and spare ones: all that the tier has had room for so far, and has still."""
+        return self._books.used_bytes + self._books.spare_bytes
+
+    @property
     def free_bytes(self) -> int:
         """What can be taken now."""
         return self._books.capacity_bytes - self._books.used_bytes

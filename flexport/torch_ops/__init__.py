@@ -1,14 +1,15 @@
-"""Small torch helpers shared by the core and by plug-ins: dtypes by name, views of raw bytes."""
+"""Small torch helpers shared by the core and by plug-ins: dtypes, raw bytes, memory errors."""
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "as_tensor", "dtype_name", "torch_dtype"]
+__all__ = ["DTYPES", "as_tensor", "dtype_name", "is_out_of_memory", "torch_dtype"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -17,6 +18,18 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 """The floating-point dtypes a checkpoint may hold, by the names torch and transformers use."""
+
+_NO_MEMORY = (
+    "out of memory",
+    "out of device memory",
+    "out of host memory",
+    "allocate memory",  # "can't allocate memory", "Cannot allocate memory"
+    "not enough memory",
+    "alloc failed",
+)
+"""What errors say that are no torch.OutOfMemoryError, in lower case and with spaces for "_": those of
+device allocators that raise a plain RuntimeError (huggingface/accelerate issue 4226), of torch's own
+host allocator (c10/core/impl/alloc_cpu.cpp) and of libraries that give a status by name."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -40,3 +53,13 @@ def as_tensor(
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     return bytes_B[offset_bytes : offset_bytes + num_bytes].view(dtype).view(tuple(shape))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, of a library below it or of the system says that memory ran out."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    told = str(error).lower().replace("_", " ")
+    return isinstance(error, RuntimeError) and any(words in told for words in _NO_MEMORY)

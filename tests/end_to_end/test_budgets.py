@@ -119,6 +119,7 @@ def test_memory_is_used_up_to_its_budget_and_never_beyond(
         with flexport.LLM(**options, device_memory=budget) as llm:
             assert continue_greedily(llm, *job) == found.greedy
             peaks.append(llm.report["peak_bytes"]["device"])
+            assert llm.report["retries"] == []
             assert peaks[-1] <= budget
 
     # More look-ahead is what more memory is for.

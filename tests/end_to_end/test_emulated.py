@@ -80,8 +80,10 @@ def test_a_device_as_small_as_the_plan_says_is_large_enough(
         chosen = options(found, device, percent, block, nothing_left)
         with flexport.LLM(**chosen, **budgets) as llm:
             ids = continue_greedily(llm, prompts_of(found), LENGTHS)
+            retries = llm.report["retries"]
 
     assert ids == expected_of(found)
+    assert retries == []
     assert 0 < device.allocated_peak_bytes <= device.peak_bytes <= budgets["device_memory"]
 
 

@@ -21,7 +21,7 @@ from flexport_emulated import kernels
 from flexport_emulated.arena import host_bytes, poisoned
 from flexport_emulated.device import Device
 from flexport_emulated.device_tensor import DeviceTensor
-from flexport_emulated.lanes import Lane
+from flexport_emulated.lanes import Fault, Lane
 
 __all__ = ["EmulatedBackend", "Link"]
 
@@ -134,11 +134,15 @@ class EmulatedBackend:
         finally:
             gate.set()
 
-    def fail_copy(self, link: Link, number: int, error: BaseException) -> None:
+    def num_begun(self, lane: Link | Literal["compute"]) -> int:
+        """How many copies, or matmuls and attentions, a lane has begun so far."""
+        return self._lanes(lane)[0].faults.num_begun  # which all of them share
+
+    def fail_copy(self, link: Link, number: int, error: Fault) -> None:
         """Make a copy over a link fail, once; 0 is the next that begins."""
         self._links[link].faults.plan(number, error)
 
-    def fail_kernel(self, number: int, error: BaseException) -> None:
+    def fail_kernel(self, number: int, error: Fault) -> None:
         """Make a matmul or attention fail, once; 0 is the next that begins."""
         self._device.compute.faults.plan(number, error)
 

@@ -13,7 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-__all__ = ["Faults", "Lane"]
+__all__ = ["Fault", "Faults", "Lane"]
+
+Fault = BaseException | type[BaseException]
+"""An error, or a kind of error that is made when it is raised."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,18 +36,19 @@ class Faults:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._planned: list[tuple[int, BaseException]] = []
-        self._num_done = 0
+        self._planned: list[tuple[int, Fault]] = []
+        self.num_begun = 0
+        """Pieces of work that could have failed."""
 
-    def plan(self, number: int, error: BaseException) -> None:
+    def plan(self, number: int, error: Fault) -> None:
         """Raise `error`, once, in place of a piece of work: 0 is the next one to begin."""
         with self._lock:
-            self._planned.append((self._num_done + number, error))
+            self._planned.append((self.num_begun + number, error))
 
     def meet(self) -> None:
         """A piece of work begins: raise what is planned for it."""
         with self._lock:
-            number, self._num_done = self._num_done, self._num_done + 1
+            number, self.num_begun = self.num_begun, self.num_begun + 1
             due = [plan for plan in self._planned if plan[0] == number]
             self._planned = [plan for plan in self._planned if plan[0] != number]
         if due:
