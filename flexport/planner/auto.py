@@ -59,6 +59,9 @@ class Rates:
     """What the CPU beside a device reads a cache at: two cores' decode attention."""
     host_flops_per_s: float = 4e11
     """What it multiplies at, of a few rows: two server cores with bfloat16 instructions."""
+    crossing_s: float = 3e-4
+    """What a layer takes longer because the device waits for the CPU: two short copies, and the
+    host finding out that the first is done."""
 
 
 def typical_rates(unified: bool) -> Rates:
@@ -200,6 +203,7 @@ class _Sweeps:
         disk_bytes = policy.weights.disk * model.stream_bytes + policy.cache.disk * cache_bytes
         efficiency = product_tokens / (product_tokens + rates.half_rows)
         flops = (prompt_tokens + rows) * model.token_flops
+        num_crossings = 0
         link_bytes = attended_on_host_bytes = host_s = 0.0
         if not self.unified:
             weights, cache = policy.weights, policy.cache
@@ -207,12 +211,14 @@ class _Sweeps:
             far_bytes = (cache.disk + cache.host) * cache_bytes
             if policy.cpu_attention:
                 attended_on_host_bytes = far_bytes
+                num_crossings += model.num_layers
                 crossing_rows = (cache.disk + cache.host) * rows
                 far_bytes = crossing_rows * model.crossing_token_bytes * model.num_layers
             link_bytes += far_bytes
             if policy.cpu_projections and not prompt_tokens:
                 # Where a layer is cut, these matrices are the first to be on the host.
                 share = min(1.0, weights.host * model.stream_bytes / model.projection_bytes)
+                num_crossings += model.num_layers
                 link_bytes -= share * model.projection_bytes
                 host_s = share * rows * model.projection_flops / rates.host_flops_per_s
                 flops -= share * rows * model.projection_flops
@@ -223,7 +229,10 @@ class _Sweeps:
         return max(
             disk_bytes / rates.disk_bytes_per_s,
             link_bytes / rates.link_bytes_per_s,
-            flops / max(1.0, rates.flops_per_s * efficiency) + attention_s + host_s,
+            flops / max(1.0, rates.flops_per_s * efficiency)
+            + attention_s
+            + host_s
+            + num_crossings * rates.crossing_s,
         )
 
 
