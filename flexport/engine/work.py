@@ -35,6 +35,11 @@ __all__ = ["JobWork", "Purpose"]
 TRIM_EVERY_S = 5.0
 """Seconds between two trims of the heap, which cost 0.1 s each for memory to be faulted in again."""
 
+LAG = 2
+"""Visits that a device may be behind: pages are not fetched again before so many more were issued.
+What a visit writes comes home when the device has computed it, and whoever fetches it waits for
+that; it should have something to do meanwhile."""
+
 Pieces = tuple[Piece, ...]
 _Part = tuple[Batch, Piece]
 
@@ -99,13 +104,14 @@ class JobWork:
         self._held: dict[tuple[int, Piece], HeldBands] = {}
         """The pages of each piece, by layer."""
         self._ahead: deque[Visit] = deque()
+        self._recent: deque[Visit] = deque(maxlen=LAG)
         self._trimmed_s = 0.0
 
     # ---- what the schedule's loop asks
 
     def has_room_for(self, visit: Visit) -> bool:
         """Whether the visit can be fetched beside what was fetched ahead, and its pages exist."""
-        if any(_same_pages(visit, other) for other in self._ahead):
+        if any(_same_pages(visit, other) for other in (*self._ahead, *self._recent)):
             return False
         device_bytes, host_bytes = (
             self._weights.staging_bytes(visit.layer, on_host=self._projecting(visit) is not None)
@@ -148,7 +154,7 @@ class JobWork:
 
     def compute(self, visit: Visit) -> None:
         """A group of pieces through one layer; those whose batch has ended meanwhile are left out."""
-        self._ahead.popleft()
+        self._recent.append(self._ahead.popleft())
         told = _told(visit)
         self._store.label = told
         if self._ahead:
