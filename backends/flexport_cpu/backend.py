@@ -22,7 +22,7 @@ from flexport.backend import AttentionSpec, Capabilities, Ticket
 from flexport_cpu import memory
 from flexport_cpu.attention import attention
 from flexport_cpu.facts import facts
-from flexport_cpu.linear import linear, pack
+from flexport_cpu.linear import linear, onednn_says, pack
 from flexport_cpu.page_products import HAS_BAGS
 from flexport_cpu.processor import choose_dtypes, processor_flags, processor_name
 
@@ -35,8 +35,8 @@ class CpuBackend:
     def __init__(self) -> None:
         dtypes, reason = choose_dtypes(
             processor_flags(),
-            _onednn_says("_is_mkldnn_bf16_supported"),
-            _onednn_says("_is_mkldnn_fp16_supported"),
+            onednn_says("_is_mkldnn_bf16_supported"),
+            onednn_says("_is_mkldnn_fp16_supported"),
         )
         self._capabilities = replace(
             facts(),
@@ -134,11 +134,3 @@ class _Done:
 
 
 _OK = _Done(None)
-
-
-def _onednn_says(query: str) -> bool:
-    """What a torch.ops.mkldnn query answers; False where this torch has no oneDNN."""
-    try:
-        return bool(getattr(torch.ops.mkldnn, query)())
-    except (AttributeError, RuntimeError):
-        return False

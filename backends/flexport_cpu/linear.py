@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-__all__ = ["linear", "pack"]
+__all__ = ["linear", "onednn_says", "pack"]
 
 PACK_FOR_ROWS = 64
 """Rows for which oneDNN chooses the layout. From 16 to 1024 rows the layout for 64 was within the
@@ -77,3 +77,11 @@ def _has_onednn() -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
+
+
+def onednn_says(query: str) -> bool:
+    """What a torch.ops.mkldnn query answers; False where this torch has no oneDNN."""
+    try:
+        return bool(getattr(torch.ops.mkldnn, query)())
+    except (AttributeError, RuntimeError):
+        return False

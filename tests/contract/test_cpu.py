@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from flexport_cpu import PLUGIN, attention, free_memory, linear, memory
+from flexport_cpu.backend import CpuBackend
 from flexport_cpu.processor import choose_dtypes
 from flexport_cpu.scratch import scratch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexport.backend import AttentionSpec, Backend
-from flexport.testing import BackendConformance, attention_in_float64
+from flexport.testing import AttentionCase, BackendConformance, attention_in_float64
+from flexport.testing.conformance.attention import ATTENTION_CASES
+from flexport.testing.conformance.problems import AttentionProblem
+from flexport.testing.conformance.tensors import on_host
 
 
 class TestCpu(BackendConformance):
@@ -203,3 +208,14 @@ def test_sizes_that_contradict_each_other_are_refused(
 
     with pytest.raises(ValueError, match=r"\d"):
         attention.attention(torch.ones(q_shape), [page], [page], spec)
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES.keys())
+def test_float16_caches_are_attended_to_where_float16_is_not_worth_computing_in(
+    case: AttentionCase,
+) -> None:
+    """The CPU may stand beside a device that computes in float16."""
+    with contextlib.closing(CpuBackend()) as backend:
+        problem = AttentionProblem.draw(case, torch.float16)
+
+        problem.check(on_host(backend, problem.run(backend)))
