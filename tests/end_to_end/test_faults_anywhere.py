@@ -137,7 +137,7 @@ def run(llm: flexport.LLM, found: Any, completed: dict[int, list[int]]) -> BaseE
 
 @pytest.mark.parametrize("place", PLACES)
 @settings(
-    max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "3")),
+    max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "2")),
     phases=(Phase.generate,),  # an example takes seconds, and a smaller one says no more
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexport.engine.plan import model_sizes
@@ -71,6 +71,7 @@ def test_the_chosen_policy_fits_or_there_is_a_refusal_that_says_what_would(job, 
         assert within(needs_of(job, policy, unified), budgets)
 
 
+@settings(max_examples=40)
 @given(job=JOBS, budgets=BUDGETS, more=st.integers(0, 20_000 * MIB), unified=st.booleans())
 def test_more_memory_never_predicts_less(job, budgets, more, unified):
     def predicted(found):
