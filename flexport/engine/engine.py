@@ -355,8 +355,9 @@ class Engine:
         )
         if unified and (policy.cpu_attention or policy.cpu_projections):
             raise PolicyError(
-                f"cpu_attention and cpu_projections are for a device with memory of its own; on "
-                f"{self._facts.name} it is the host's, and everything is computed where it lies"
+                f"--cpu-attention on (a policy's cpu_attention, cpu_projections) is for a device with "
+                f"memory of its own; that of {self._facts.name} is the host's, and all is computed "
+                "where it lies: leave it out"
             )
         needs = self._footprint(job, policy)
         check(needs, policy, self.budgets)

@@ -36,9 +36,10 @@ TRIM_EVERY_S = 5.0
 """Seconds between two trims of the heap, which cost 0.1 s each for memory to be faulted in again."""
 
 LAG = 2
-"""Visits that a device may be behind: pages are not fetched again before so many more were issued.
-What a visit writes comes home when the device has computed it, and whoever fetches it waits for
-that; it should have something to do meanwhile."""
+"""Visits that a device has to do beside the one that it computes. More would gain nothing, and a
+copy that a reader starts late, when the bytes are there, is behind all that was issued by then. For
+as long pages are not fetched again: what a visit writes comes home when the device has computed
+it, and whoever fetches it waits for that."""
 
 Pieces = tuple[Piece, ...]
 _Part = tuple[Batch, Piece]
@@ -105,6 +106,8 @@ class JobWork:
         """The pages of each piece, by layer."""
         self._ahead: deque[Visit] = deque()
         self._recent: deque[Visit] = deque(maxlen=LAG)
+        self._issued: deque[Ticket] = deque()
+        """Of visits that the device may not have computed yet."""
         self._trimmed_s = 0.0
 
     # ---- what the schedule's loop asks
@@ -157,6 +160,9 @@ class JobWork:
         self._recent.append(self._ahead.popleft())
         told = _told(visit)
         self._store.label = told
+        while len(self._issued) > LAG:
+            with self._clock.waiting("the device"):
+                self._issued.popleft().join()
         if self._ahead:
             self._hidden.prefetch(self._ahead[0].pieces)
         parts = self._parts(visit)
@@ -240,6 +246,7 @@ class JobWork:
             for batch, piece in parts
         ]
         x_TD = decoder_layer(self._spec, layer, x_TD, attend_to(pieces))
+        self._mark(x_TD)
         self._hidden.put(visit.pieces, x_TD)
 
     def _head(self, key: Pieces, parts: Sequence[_Part], layer: LayerLease) -> None:
@@ -275,6 +282,13 @@ class JobWork:
     def _attending(self, visit: Visit) -> list[_Part]:
         """The same, for a layer that has a cache."""
         return self._parts(visit) if 0 < visit.layer < self._spec.head_layer else []
+
+    def _mark(self, x_TD: Tensor) -> None:
+        """Let it be known when the device has computed x_TD; one number of it comes down."""
+        if not self._store.unified:  # else no link waits for the device
+            backend, last = self._store.backend, x_TD[:1, :1].clone()
+            place = backend.allocate(last.shape, last.dtype, "host")
+            self._issued.append(backend.copy_async(last, place))
 
     def _projecting(self, visit: Visit) -> HostCompute | None:
         """The CPU, if it multiplies with what is at home there in the visit's sweep."""

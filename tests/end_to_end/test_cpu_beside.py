@@ -37,6 +37,12 @@ def policy_of(percent, **fields):
     return Policy(weights=weights, cache=cache, activations=activations, **fields)
 
 
+def llm_on(device, found, policy, **options):
+    return flexport.LLM(
+        found.directory, backend=device, dtype="float32", policy=policy, **AMPLE, **options
+    )
+
+
 @pytest.mark.parametrize("percent", MIXES.values(), ids=MIXES.keys())
 @pytest.mark.parametrize(
     "block",
@@ -79,9 +85,7 @@ def moved_bytes(found, continue_greedily, percent, **fields):
     """Bytes that cross to and from the device for one row of 13 prompt tokens and 14 new ones."""
     with contextlib.closing(EmulatedBackend()) as device:
         policy = policy_of(percent, batch_size=1, **fields)
-        with flexport.LLM(
-            found.directory, backend=device, dtype="float32", policy=policy, **AMPLE
-        ) as llm:
+        with llm_on(device, found, policy) as llm:
             assert continue_greedily(llm, [found.prompts[6]], [14]) == [found.greedy[6]]
             moved = llm.report["moved_bytes"]
     return moved["host_to_device"], moved["device_to_host"]
@@ -130,9 +134,7 @@ def test_the_device_has_its_work_before_the_cpu_begins_its_own(
     policy = policy_of([100, 0, 50, 50, 100, 0], batch_size=4, num_batches=2, cpu_attention=True)
     with contextlib.closing(_Watched()) as device:
         device.calls = calls
-        with flexport.LLM(
-            found.directory, backend=device, dtype="float32", policy=policy, **AMPLE
-        ) as llm:
+        with llm_on(device, found, policy) as llm:
             continue_greedily(llm, found.prompts[3:7] * 2, [9] * 8)
 
     in_prefill = calls.index("sent")
@@ -168,14 +170,7 @@ def test_an_error_on_the_way_reaches_the_caller_and_the_next_job_is_right(
     )
     with (
         contextlib.closing(EmulatedBackend()) as device,
-        flexport.LLM(
-            found.directory,
-            backend=device,
-            dtype="float32",
-            policy=policy,
-            offload_dir=nothing_left,
-            **AMPLE,
-        ) as llm,
+        llm_on(device, found, policy, offload_dir=nothing_left) as llm,
     ):
         continue_greedily(llm, found.prompts[:1], [1])
         faults: list[tuple[Link, int]] = [
@@ -199,14 +194,7 @@ def test_a_job_that_is_not_finished_leaves_the_engine_ready(
     policy = policy_of(MIXES["all away"], batch_size=5, num_batches=2, cpu_attention=True)
     with (
         contextlib.closing(EmulatedBackend()) as device,
-        flexport.LLM(
-            found.directory,
-            backend=device,
-            dtype="float32",
-            policy=policy,
-            offload_dir=nothing_left,
-            **AMPLE,
-        ) as llm,
+        llm_on(device, found, policy, offload_dir=nothing_left) as llm,
     ):
         continue_greedily(llm, found.prompts, LENGTHS)
         in_use_bytes = pool_bytes(llm)
