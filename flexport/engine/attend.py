@@ -98,7 +98,8 @@ class PieceAttention:
     def on_host(self, out_THE: Tensor) -> None:
         """Compute the CPU's part, and send the result to the device."""
         for step in self._steps:
-            if step.crossing is not None and self._host is not None:
+            if step.crossing is not None:
+                assert self._host is not None, "something was sent to a CPU, and there is none"
                 o_NHE = self._step(step, self._host, *step.crossing.receive())
                 step.crossing.release()
                 self._host.bring(o_NHE, out_THE[step.tokens])

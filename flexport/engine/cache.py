@@ -93,10 +93,10 @@ class BatchCache:
     ) -> None:
         """`lengths` are the rows' prompt lengths.
 
-        Given a host_shape, decode steps of rows at home on host or disk are computed on the CPU,
-        and their pages look like that. The dealer says which rows are at home on which tier, layer by layer. Memory for
+        The dealer says which rows are at home on which tier, layer by layer. Memory for
         max_columns columns (0: nothing is kept) is set aside at once; raises OutOfMemory if there
-        is not enough, and then nothing is.
+        is not enough, and then nothing is. Given a host_shape, decode steps of rows at home on
+        host or disk are computed on the CPU, and their pages look like that.
         """
         self.shape = shape
         self._host_shape = host_shape
@@ -126,13 +126,13 @@ class BatchCache:
                 self._columns - base, max(0, self._max_columns - self._columns)
             )
             widths = (*prompt, *decoded) if self._max_columns else ()
-            on_host = part.tier is not Tier.DEVICE and self._host_shape is not None
+            host_shape = None if part.tier is Tier.DEVICE else self._host_shape
             bands.append(
                 Band(
                     rows=rows,
                     home=part.tier,
-                    shape=self._host_shape if on_host and self._host_shape else self.shape,
-                    attended=Tier.HOST if on_host else Tier.DEVICE,
+                    shape=host_shape or self.shape,
+                    attended=Tier.HOST if host_shape else Tier.DEVICE,
                     base=base,
                     edges=[0, *accumulate(widths)],
                     num_prompt_pages=len(prompt) if self._max_columns else 0,
