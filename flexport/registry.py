@@ -80,9 +80,10 @@ def auto_order(listings: Iterable[Listing]) -> list[Listing]:
 def open_backend(name: str = "auto") -> tuple[str, Backend]:
     """Open the backend called `name`; "auto" is the usable one of the highest rank that opens.
 
-    "NAME:1" is the second device of the backend NAME. Returns its name and the open backend, which the caller closes. For "auto", the environment
-    variable FLEXPORT_BACKEND, if set, says the name instead. Raises BackendUnavailable with the
-    reason of every backend that was considered.
+    "NAME:1" is the second device of the backend NAME. Returns its name and the open backend,
+    which the caller closes. For "auto", the environment variable FLEXPORT_BACKEND, if set, says
+    the name instead. Raises BackendUnavailable with the reason of every backend that was
+    considered.
     """
     listings = backends()
     name, asked = _asked(name)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from flexport.backend import AttentionSpec
-from flexport.torch_ops.attention import check_attention
+from flexport.torch_ops.attention import check_attention, parts, seen_pages
 from flexport_cpu.page_products import add_weighted_sum, scores
 from flexport_cpu.scratch import scratch
 
@@ -73,7 +73,7 @@ def attention(
         return out_NHLE
 
     row_bytes = num_kv_heads * spec.length * head_dim * q_NHLE.element_size()
-    for rows in _parts(num_rows, max(1, GATHER_BYTES // row_bytes)):
+    for rows in parts(num_rows, max(1, GATHER_BYTES // row_bytes)):
         starts = spec.starts[rows] if spec.starts is not None else (0,)
         columns = slice(min(starts), spec.length)
         part_spec = replace(
@@ -87,18 +87,12 @@ def attention(
     return out_NHLE
 
 
-def _parts(total: int, size: int) -> Iterator[slice]:
-    """0 .. total in slices of `size`, the last one shorter."""
-    for first in range(0, total, size):
-        yield slice(first, min(total, first + size))
-
-
 def _gather(purpose: str, pages_NKGE: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
     """The columns of some rows, side by side in a buffer of this thread, laid out as the pages."""
     _, num_kv_heads, _, head_dim = pages_NKGE[0].shape
     shape = (rows.stop - rows.start, num_kv_heads, columns.stop - columns.start, head_dim)
     gathered_nKME = _scratch_like(purpose, shape, pages_NKGE[0])
-    for page, where, seen in _seen(pages_NKGE, columns):
+    for page, where, seen in seen_pages(pages_NKGE, columns):
         gathered_nKME[:, :, where].copy_(page[rows, :, seen])
     return gathered_nKME
 
@@ -141,14 +135,14 @@ def _tiles(
     Heads are divided only in tiles of a single row, so that a tile of a page is contiguous.
     """
     past = spec.length - num_queries
-    for queries in _parts(num_queries, TILE_QUERIES):
+    for queries in parts(num_queries, TILE_QUERIES):
         stop = past + queries.stop if spec.causal else spec.length
         start = 0 if spec.window is None else max(0, past + queries.start + 1 - spec.window)
         head_bytes = group * (queries.stop - queries.start) * (stop - start) * 4
         heads_at_once = max(1, min(num_kv_heads, TILE_BYTES // head_bytes))
         rows_at_once = max(1, TILE_BYTES // (head_bytes * num_kv_heads))
-        for rows in _parts(num_rows, rows_at_once):
-            for heads in _parts(num_kv_heads, heads_at_once):
+        for rows in parts(num_rows, rows_at_once):
+            for heads in parts(num_kv_heads, heads_at_once):
                 yield _Tile(rows=rows, heads=heads, queries=queries, columns=slice(start, stop))
 
 
@@ -182,7 +176,7 @@ def _attend_tile(
     num_logits = num_columns + (spec.sinks is not None)
 
     scores_BRM = scratch("scores", (*q_BRE.shape[:2], num_logits), torch.float32)
-    for page, columns, seen in _seen(keys_NKGE, tile.columns):
+    for page, columns, seen in seen_pages(keys_NKGE, tile.columns):
         keys_BGE, seen = _keys(page[tile.rows, tile.heads].flatten(0, 1), seen)
         scores_BRM[:, :, columns].copy_(scores(q_BRE, keys_BGE.mT)[:, :, seen])
 
@@ -194,7 +188,7 @@ def _attend_tile(
     torch.softmax(scores_BRM, -1, out=weights_BRM)
 
     sums_BRE = scratch("sums", q_BRE.shape, torch.float32).zero_()
-    for page, columns, seen in _seen(values_NKGE, tile.columns):
+    for page, columns, seen in seen_pages(values_NKGE, tile.columns):
         add_weighted_sum(
             weights_BRM[:, :, columns], page[tile.rows, tile.heads].flatten(0, 1), seen, sums_BRE
         )
@@ -230,24 +224,6 @@ def _attend_plainly(
     torch.baddbmm(mask_RM.expand(shape), q_BRE, keys_BME.mT, alpha=scale, out=scores_BRM)
     weights_BRM = torch.softmax(scores_BRM, -1, out=scratch("weights", shape, dtype))
     return torch.bmm(weights_BRM, values_BME, out=scratch("page sums", q_BRE.shape, dtype))
-
-
-def _seen(pages: Sequence[Tensor], columns: slice) -> Iterator[tuple[Tensor, slice, slice]]:
-    """Each page that holds some of `columns`: the page, where its seen columns go, which they are.
-
-    The first slice counts from columns.start, the second from the page's first column.
-    """
-    base = 0
-    for page in pages:
-        end = base + page.shape[2]
-        first, last = max(base, columns.start), min(end, columns.stop)
-        if first < last:
-            yield (
-                page,
-                slice(first - columns.start, last - columns.start),
-                slice(first - base, last - base),
-            )
-        base = end
 
 
 def _keys(keys_BGE: Tensor, seen: slice) -> tuple[Tensor, slice]:

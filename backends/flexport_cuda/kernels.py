@@ -7,7 +7,7 @@ that some query sees, E features of a head; n rows at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -104,7 +104,7 @@ def _masked(
     # A boolean mask becomes one in q's dtype on the way.
     row_bytes = num_columns * (3 * group * num_queries + 4 * num_kv_heads * head_dim)
     out_NHLE = q_NHLE.new_empty(num_rows, num_queries, num_heads, head_dim).transpose(1, 2)
-    for rows in _parts(num_rows, max(1, MASKED_BYTES // row_bytes)):
+    for rows in plain.parts(num_rows, max(1, MASKED_BYTES // row_bytes)):
         mask = plain.Mask(
             columns=(first, spec.length),
             queries=(past, spec.length),
@@ -142,9 +142,3 @@ def _side_by_side(pages_NKGE: Sequence[Tensor], rows: slice, first: int, stop: i
             parts.append(page[rows, :, begin:end])
         base += page.shape[2]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def _parts(total: int, size: int) -> Iterator[slice]:
-    """0 .. total in slices of `size`, the last one shorter."""
-    for first in range(0, total, size):
-        yield slice(first, min(total, first + size))

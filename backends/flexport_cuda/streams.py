@@ -1,11 +1,12 @@
 """Copies beside the kernels: a stream for each direction, ordered by events, and tickets.
 
 A copy starts behind all work that kernels were given before it, and behind the copies of its own
-stream; nothing else orders it. Each direction has a stream for small copies beside that for large ones,
-which are cut: what the card is to compute next (token ids, a result of the CPU's) must not queue
-behind a whole sweep's weights, and a copy engine takes turns between streams, copy by copy. Copies within the card run among the kernels, which they would
-share the card's memory with anyway. Copies may be started from any thread: all threads compute on
-the card's default stream, and a point in that stream is behind what every one of them has issued.
+stream; nothing else orders it. Each direction has a stream for small copies beside that for large
+ones, which are cut: what the card is to compute next (token ids, a result of the CPU's) must not
+queue behind a whole sweep's weights, and a copy engine takes turns between streams, copy by copy.
+Copies within the card run among the kernels, which they would share the card's memory with anyway.
+Copies may be started from any thread: all threads compute on the card's default stream, and a
+point in that stream is behind what every one of them has issued.
 
 A copy's tensors are kept here until the card has passed it: torch's `record_stream` does that for
 device memory alone, and its caching host allocator for its own pinned memory alone.

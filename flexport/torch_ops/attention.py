@@ -32,7 +32,7 @@ from torch import Tensor
 
 from flexport.backend import AttentionSpec
 
-__all__ = ["Mask", "attention", "check_attention", "forget"]
+__all__ = ["Mask", "attention", "check_attention", "forget", "parts", "seen_pages"]
 
 TILE_BYTES = 32 << 20
 """Float32 scores of a tile. Work memory is about three times that: scores, weights, and what one
@@ -111,14 +111,14 @@ def _tiles(shape_NKQLE: Sequence[int], spec: AttentionSpec) -> Iterator[_Tile]:
     num_rows, num_kv_heads, group, num_queries, _ = shape_NKQLE
     past = spec.length - num_queries
     queries_at_once = min(TILE_QUERIES, max(1, TILE_BYTES // (group * spec.length * 4)))
-    for queries in _parts(num_queries, queries_at_once):
+    for queries in parts(num_queries, queries_at_once):
         stop = past + queries.stop if spec.causal else spec.length
         start = 0 if spec.window is None else max(0, past + queries.start + 1 - spec.window)
         head_bytes = group * (queries.stop - queries.start) * (stop - start) * 4
         heads_at_once = max(1, min(num_kv_heads, TILE_BYTES // head_bytes))
         rows_at_once = max(1, TILE_BYTES // (head_bytes * num_kv_heads))
-        for rows in _parts(num_rows, rows_at_once):
-            for heads in _parts(num_kv_heads, heads_at_once):
+        for rows in parts(num_rows, rows_at_once):
+            for heads in parts(num_kv_heads, heads_at_once):
                 yield _Tile(
                     rows=rows,
                     heads=heads,
@@ -128,7 +128,7 @@ def _tiles(shape_NKQLE: Sequence[int], spec: AttentionSpec) -> Iterator[_Tile]:
                 )
 
 
-def _parts(total: int, size: int) -> Iterator[slice]:
+def parts(total: int, size: int) -> Iterator[slice]:
     """0 .. total in slices of `size`, the last one shorter."""
     for first in range(0, total, size):
         yield slice(first, min(total, first + size))
@@ -169,15 +169,28 @@ def _two_factors(scale: float) -> tuple[float, float]:
     return math.ldexp(1.0, exponent - 1), fraction * 2
 
 
+def seen_pages(pages: Sequence[Tensor], columns: slice) -> Iterator[tuple[Tensor, slice, slice]]:
+    """Each page that holds some of `columns`: the page, where its seen columns go, which they are.
+
+    The first slice counts from columns.start, the second from the page's first column.
+    """
+    base = 0
+    for page in pages:
+        end = base + page.shape[2]
+        first, last = max(base, columns.start), min(end, columns.stop)
+        if first < last:
+            yield (
+                page,
+                slice(first - columns.start, last - columns.start),
+                slice(first - base, last - base),
+            )
+        base = end
+
+
 def _seen(pages_NKGE: Sequence[Tensor], tile: _Tile) -> Iterator[tuple[Tensor, slice]]:
     """What the tile sees of each page, (B, W, E), and where in the tile's columns that is."""
-    base, wanted = 0, tile.columns
-    for page in pages_NKGE:
-        first, last = max(base, wanted.start), min(base + page.shape[2], wanted.stop)
-        if first < last:
-            seen_nkWE = page[tile.rows, tile.heads, first - base : last - base]
-            yield seen_nkWE.flatten(0, 1), slice(first - wanted.start, last - wanted.start)
-        base += page.shape[2]
+    for page, columns, seen in seen_pages(pages_NKGE, tile.columns):
+        yield page[tile.rows, tile.heads, seen].flatten(0, 1), columns
 
 
 def _shape_scores(scores_nkQIP: Tensor, tile: _Tile, spec: AttentionSpec, in_scores: float) -> None:
