@@ -40,7 +40,9 @@ def pack(weight_FD: Tensor) -> Tensor:
     if weight_FD.dtype not in _PACKED_DTYPES or 0 in weight_FD.shape or not _has_onednn():
         return weight_FD
     try:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_FD, PACK_FOR_ROWS)
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(
+            weight_FD.contiguous(), PACK_FOR_ROWS
+        )
     except RuntimeError:
         return weight_FD
     return packed

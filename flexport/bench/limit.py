@@ -44,9 +44,11 @@ def work_flops(spec: ModelSpec, work: Workload) -> int:
     """Multiplications and additions of all rows. A row's last token is sampled and goes no further."""
     passes = work.prompt_len + work.gen_len - 1
     body = sum(layer_flops(spec, layer) for layer in range(spec.head_layer))
-    # The t-th token of a row sees t keys, so the keys seen add up to passes * (passes + 1) / 2.
-    keys = passes * (passes + 1) // 2
-    attention = spec.num_layers * attention_flops(spec, keys)
+    attention = sum(
+        attention_flops(spec, layer, num_keys=token)
+        for layer in range(spec.num_layers)
+        for token in range(1, passes + 1)
+    )
     head = work.gen_len * layer_flops(spec, spec.head_layer)
     return work.num_prompts * (passes * body + attention + head)
 

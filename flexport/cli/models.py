@@ -51,10 +51,12 @@ def _model_row(name: str) -> dict[str, Any]:
         "parameters": num_parameters(spec),
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
-        "heads": spec.num_heads,
+        "heads": spec.layers[0].attention.num_heads,
         "context_tokens": spec.max_positions,
         "weights_bytes": num_parameters(spec) * _ITEM_BYTES,
-        "kv_bytes_per_token": spec.num_layers * kv_bytes_per_token(spec, _ITEM_BYTES),
+        "kv_bytes_per_token": sum(
+            kv_bytes_per_token(spec, layer, _ITEM_BYTES) for layer in range(spec.num_layers)
+        ),
     }
 
 

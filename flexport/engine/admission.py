@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 from flexport.engine.cache import BatchCache
@@ -70,7 +70,7 @@ class Admission:
         self._shape = shape
         self._host_shape: CacheShape | None = None
         if host is not None and plan.policy.cpu_attention:
-            self._host_shape = replace(shape, keys_by_feature=host.keys_by_feature)
+            self._host_shape = shape.with_keys(by_feature=host.keys_by_feature)
         self._store = store
         self._work = work
         self._source = iter(batches)

@@ -12,7 +12,7 @@ tokens a row, E features of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,10 +22,11 @@ from flexport.backend import AttentionSpec, Backend
 from flexport.engine.cache import BatchCache, Held, HeldBands
 from flexport.engine.host_compute import Crossing, HostCompute
 from flexport.models.decoder import Attend
+from flexport.models.spec import Attention, LatentAttention
 from flexport.policy import Tier
 from flexport.schedule.order import Piece
 
-__all__ = ["PieceAttention", "attend_to"]
+__all__ = ["PieceAttention", "attend_to", "common_to_rows"]
 
 
 class _Attends(Protocol):
@@ -38,6 +39,44 @@ class _Attends(Protocol):
         values_NKGE: Sequence[Tensor],
         spec: AttentionSpec,
     ) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _New:
+    """What a visit's tokens bring: one line a token, but for the sinks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    """None: keys are values, too."""
+    sinks: Tensor | None
+
+    @property
+    def values(self) -> Tensor:
+        """What is added up by weight."""
+        return self.k if self.v is None else self.v
+
+    def of(self, tokens: slice) -> _New:
+        """That of some tokens."""
+        v = None if self.v is None else self.v[tokens]
+        return _New(self.q[tokens], self.k[tokens], v, self.sinks)
+
+    def tensors(self) -> list[Tensor]:
+        """All there is."""
+        return [x for x in (self.q, self.k, self.v, self.sinks) if x is not None]
+
+    def made_of(self, tensors: Sequence[Tensor]) -> _New:
+        """The same, of copies of its tensors."""
+        left = iter(tensors)
+        q, k = next(left), next(left)
+        v = None if self.v is None else next(left)
+        return _New(q, k, v, None if self.sinks is None else next(left))
+
+    def scattered(self, index_N: Tensor, num_rows: int) -> _New:
+        """The same, in the lines of so many rows, zeros between."""
+        q, k = (_scatter(x, index_N, num_rows) for x in (self.q, self.k))
+        v = None if self.v is None else _scatter(self.v, index_N, num_rows)
+        return _New(q, k, v, self.sinks)
 
 
 @dataclass(slots=True, eq=False)
@@ -63,14 +102,16 @@ class PieceAttention:
         live: Sequence[int],
         held: HeldBands,
         *,
+        attention: AttentionSpec,
         num_tokens: int,
         keep: bool,
     ) -> None:
-        """`live` are the batch's rows in the order of their tokens, num_tokens together.
+        """`attention` is what all rows of the layer have in common.
 
-        With `keep` False the new keys and values are not stored: nothing will be asked of them.
+        `live` are the batch's rows in the order of their tokens, num_tokens together. With `keep` False the new keys and values are not stored: nothing will be asked of them.
         """
         self.num_tokens = num_tokens
+        self._attention = attention
         self._backend = backend
         self._host = host
         self._cache = cache
@@ -79,34 +120,35 @@ class PieceAttention:
         self._keep = keep
         self._steps = list(_steps(live, held)) if piece.rows is None else []
 
-    def send(self, *new: Tensor) -> None:
-        """Queries, keys and values of the piece's tokens: those that the CPU needs set out."""
+    def send(self, new: _New) -> None:
+        """What the CPU needs of the piece's tokens sets out."""
         for step in self._steps:
             if step.held.near is Tier.HOST:
                 assert self._host is not None, "a band that the CPU attends to, and no CPU"
-                step.crossing = self._host.send([x[step.tokens] for x in new])
+                step.crossing = self._host.send(new.of(step.tokens).tensors())
 
-    def on_device(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, out_THE: Tensor) -> None:
+    def on_device(self, new: _New, out_THE: Tensor) -> None:
         """Give the device its part."""
         if self._piece.rows is not None:
-            self._prefill(q_THE, k_TKE, v_TKE, out_THE)
+            self._prefill(new, out_THE)
         for step in self._steps:
             if step.crossing is None:
-                new = [x[step.tokens] for x in (q_THE, k_TKE, v_TKE)]
-                out_THE[step.tokens] = self._step(step, self._backend, *new)
+                out_THE[step.tokens] = self._step(step, self._backend, new.of(step.tokens))
 
-    def on_host(self, out_THE: Tensor) -> None:
+    def on_host(self, new: _New, out_THE: Tensor) -> None:
         """Compute the CPU's part, and send the result to the device."""
         for step in self._steps:
             if step.crossing is not None:
                 assert self._host is not None, "something was sent to a CPU, and there is none"
-                o_NHE = self._step(step, self._host, *step.crossing.receive())
+                arrived = new.made_of(step.crossing.receive())
+                o_NHE = self._step(step, self._host, arrived)
                 step.crossing.release()
                 self._host.bring(o_NHE, out_THE[step.tokens])
 
     # ---- prefill
 
-    def _prefill(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, out_THE: Tensor) -> None:
+    def _prefill(self, new: _New, out_THE: Tensor) -> None:
+        q_THE, k_TKE, v_TKE = new.q, new.k, new.values
         piece, at = self._piece, 0
         for of_band in self._held:
             base = of_band.band.base
@@ -116,7 +158,7 @@ class PieceAttention:
                 spans.append((at, at + num_new))
                 at += num_new
             if self._keep:
-                self._append_prompt(of_band, spans, k_TKE, v_TKE)
+                self._append_prompt(of_band, spans, k_TKE, new.v)
             for first, last, whole in self._runs(of_band.rows, spans):
                 begin, end = spans[first][0], spans[last - 1][1]
                 count = last - first
@@ -131,7 +173,7 @@ class PieceAttention:
                         self._cache.start(row) - base for row in of_band.rows[first:last]
                     )
                     length = piece.stop - base
-                spec = AttentionSpec(length=length, scale=self._cache.shape.scale, starts=starts)
+                spec = replace(self._attention, length=length, starts=starts, sinks=new.sinks)
                 o_NHLE = self._backend.attention(span_q, keys, values, spec)
                 out_THE[begin:end].view(count, -1, *q_THE.shape[1:]).copy_(o_NHLE.transpose(1, 2))
 
@@ -156,7 +198,7 @@ class PieceAttention:
         held: Held,
         spans: Sequence[tuple[int, int]],
         k_TKE: Tensor,
-        v_TKE: Tensor,
+        v_TKE: Tensor | None,
     ) -> None:
         cache, piece, band = self._cache, self._piece, held.band
         last = piece.stop - band.base
@@ -175,7 +217,8 @@ class PieceAttention:
                 if is_first:
                     # Masked columns get no weight, but 0 times what lies there must be 0.
                     keys_NKGE[index, :, : low - low_edge] = 0
-                    values_NKGE[index, :, : low - low_edge] = 0
+                    if v_TKE is not None:
+                        values_NKGE[index, :, : low - low_edge] = 0
                 if low < high:
                     tokens = slice(end - (last - low), end - (last - high))
                     columns = slice(low - low_edge, high - low_edge)
@@ -183,33 +226,31 @@ class PieceAttention:
                     # both at once is five times slower than the two together.
                     k_KCE = k_TKE[tokens].transpose(0, 1).contiguous()
                     keys_NKGE[index, :, columns] = k_KCE
-                    values_NKGE[index, :, columns] = v_TKE[tokens].transpose(0, 1)
+                    if v_TKE is not None:
+                        values_NKGE[index, :, columns] = v_TKE[tokens].transpose(0, 1)
 
     # ---- decode
 
-    def _step(
-        self, step: _Step, kernels: _Attends, q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor
-    ) -> Tensor:
+    def _step(self, step: _Step, kernels: _Attends, new: _New) -> Tensor:
         """Append a column, and attend; all tensors are where the step's pages are."""
         band, stop = step.held.band, self._piece.stop
         index_N: Tensor | None = None
         if len(step.places) < len(band.rows):
-            index_N = torch.tensor(step.places, device=q_NHE.device)
-            q_NHE, k_NKE, v_NKE = (
-                _scatter(x, index_N, len(band.rows)) for x in (q_NHE, k_NKE, v_NKE)
-            )
-        self._append_step(step.held, k_NKE, v_NKE)
+            index_N = torch.tensor(step.places, device=new.q.device)
+            new = new.scattered(index_N, len(band.rows))
+        self._append_step(step.held, new.k, new.v)
         starts = tuple(self._cache.start(row) - band.base for row in band.rows)
-        spec = AttentionSpec(
+        spec = replace(
+            self._attention,
             length=stop - band.base,
-            scale=self._cache.shape.scale,
             starts=starts if any(starts) else None,
+            sinks=new.sinks,
         )
         keys, values = self._cache.pages(step.held, 0, len(band.rows))
-        o_NHE = kernels.attention(q_NHE.unsqueeze(2), keys, values, spec).squeeze(2)
+        o_NHE = kernels.attention(new.q.unsqueeze(2), keys, values, spec).squeeze(2)
         return o_NHE if index_N is None else o_NHE[index_N]
 
-    def _append_step(self, held: Held, k_NKE: Tensor, v_NKE: Tensor) -> None:
+    def _append_step(self, held: Held, k_NKE: Tensor, v_NKE: Tensor | None) -> None:
         band, column = held.band, self._piece.start
         number = self._cache.page_at(band, column)
         if number == len(band.pages):
@@ -217,25 +258,42 @@ class PieceAttention:
         keys_NKGE, values_NKGE = self._cache.changing(held, number)
         at = column - band.base - band.edges[number]
         keys_NKGE[:, :, at] = k_NKE
-        values_NKGE[:, :, at] = v_NKE
+        if v_NKE is not None:
+            values_NKGE[:, :, at] = v_NKE
 
 
 def attend_to(pieces: Sequence[PieceAttention]) -> Attend:
     """What the decoder calls for pieces whose tokens lie end to end."""
 
-    def attend(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
-        out_THE = torch.empty_like(q_THE)
-        sizes = [piece.num_tokens for piece in pieces]
-        own = list(zip(*(x.split(sizes) for x in (q_THE, k_TKE, v_TKE, out_THE)), strict=True))
-        for piece, (q, k, v, _) in zip(pieces, own, strict=True):
-            piece.send(q, k, v)
-        for piece, tensors in zip(pieces, own, strict=True):
-            piece.on_device(*tensors)
-        for piece, (*_, out) in zip(pieces, own, strict=True):
-            piece.on_host(out)
+    def attend(
+        q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor | None, sinks_H: Tensor | None
+    ) -> Tensor:
+        out_THE = q_THE.new_empty(q_THE.shape)
+        whole, at, own = _New(q_THE, k_TKE, v_TKE, sinks_H), 0, []
+        for piece in pieces:
+            tokens = slice(at, at + piece.num_tokens)
+            own.append((piece, whole.of(tokens), out_THE[tokens]))
+            at = tokens.stop
+        for piece, new, _ in own:
+            piece.send(new)
+        for piece, new, out in own:
+            piece.on_device(new, out)
+        for piece, new, out in own:
+            piece.on_host(new, out)
         return out_THE
 
     return attend
+
+
+def common_to_rows(attention: Attention | LatentAttention) -> AttentionSpec:
+    """What all rows of a layer have in common; its length is for whoever attends to fill in."""
+    return AttentionSpec(
+        length=0,
+        scale=attention.scale,
+        window=attention.window,
+        soft_cap=attention.soft_cap,
+        slopes=attention.slopes,
+    )
 
 
 def _steps(live: Sequence[int], held: HeldBands) -> list[_Step]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flexport.backend import Ticket
-from flexport.engine.pages import CacheShape
+from flexport.engine.pages import CacheShape, PageShape
 from flexport.errors import OutOfMemory
 from flexport.policy import Tier
 from flexport.schedule.order import Piece
@@ -42,7 +42,7 @@ class Band:
 
     rows: list[int]
     home: Tier
-    shape: CacheShape
+    shape: PageShape
     attended: Tier
     """Where decode steps are computed: on the device, or on the CPU in host memory."""
     base: int
@@ -98,13 +98,15 @@ class BatchCache:
         is not enough, and then nothing is. Given a host_shape, decode steps of rows at home on
         host or disk are computed on the CPU, and their pages look like that.
         """
-        self.shape = shape
+        self._shape = shape
         self._host_shape = host_shape
         self._store = store
         self._lengths = list(lengths)
         self._columns = max(lengths)
         self._max_columns = max_columns
-        self._bands: list[list[Band]] = [self._cut(dealer) for _ in range(shape.num_layers)]
+        self._bands: list[list[Band]] = [
+            self._cut(dealer, layer) for layer in range(len(shape.layers))
+        ]
         self._promises = {pool: Promise(pool, 0) for pool in (store.device, store.host)}
         self.claim_bytes = (0, 0)
         """Of device and host memory, what was set aside: all that the cache will ever take."""
@@ -117,12 +119,12 @@ class BatchCache:
         claims = {pool: promise.left_bytes for pool, promise in self._promises.items()}
         self.claim_bytes = (claims[store.device], 0 if store.unified else claims[store.host])
 
-    def _cut(self, dealer: Dealer) -> list[Band]:
+    def _cut(self, dealer: Dealer, layer: int) -> list[Band]:
         bands = []
         for part in dealer.cut([(len(self._lengths), 1)]):
             rows = list(range(part.begin, part.end))
             base = self._columns - max(self._lengths[row] for row in rows)
-            prompt, decoded = self.shape.page_widths(
+            prompt, decoded = self._shape.page_widths(
                 self._columns - base, max(0, self._max_columns - self._columns)
             )
             widths = (*prompt, *decoded) if self._max_columns else ()
@@ -131,7 +133,7 @@ class BatchCache:
                 Band(
                     rows=rows,
                     home=part.tier,
-                    shape=host_shape or self.shape,
+                    shape=(host_shape or self._shape).layers[layer],
                     attended=Tier.HOST if host_shape else Tier.DEVICE,
                     base=base,
                     edges=[0, *accumulate(widths)],
@@ -300,7 +302,7 @@ class BatchCache:
         low, high = held.band.edges[number : number + 2]
         if held.end - held.begin == len(held.band.rows):
             return None
-        return self.shape.row_ranges(held.begin, held.end, len(held.band.rows), high - low)
+        return held.band.shape.row_ranges(held.begin, held.end, len(held.band.rows), high - low)
 
     def _return(self, band: Band, number: int, lease: Lease, stop: int) -> None:
         """Send a changed page home; for good, if its last column is filled.
@@ -318,7 +320,7 @@ class BatchCache:
         """Whether rewriting the pages pays, and there is room to do it page by page."""
         low_high = zip(band.edges, band.edges[1:], strict=False)
         return 2 * num_live < len(band.rows) and all(
-            self._store.has_room(self.shape.page_bytes(num_live, high - low), kept.home)
+            self._store.has_room(band.shape.page_bytes(num_live, high - low), kept.home)
             for (low, high), kept in zip(low_high, band.pages, strict=False)
         )
 

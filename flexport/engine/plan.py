@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flexport.models.spec import (
+    Attention,
+    Experts,
+    LatentAttention,
+    Layer,
     ModelSpec,
     flops_per_token,
-    kv_bytes_per_token,
+    is_projection,
+    layer_tensors,
     owned_tensors,
 )
-from flexport.planner.footprint import CUT_ROWS, GRAIN_BYTES, Footprint, JobSizes, ModelSizes
+from flexport.planner.footprint import (
+    CUT_ROWS,
+    GRAIN_BYTES,
+    Footprint,
+    JobSizes,
+    LayerCaches,
+    ModelSizes,
+)
 from flexport.policy import Budgets, Policy, Split, Tier
 from flexport.units import format_bytes
 
@@ -27,35 +39,81 @@ def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> Model
         layer_bytes.append(sum(tensor.num_values for tensor in own) * file_item_bytes)
         tables = sum(tensor.num_values for tensor in own if tensor.kind == "table")
         table_bytes += tables * file_item_bytes
-        widest = max(tensor.num_values // tensor.shape[0] for tensor in own)
+        widest = max((tensor.num_values // tensor.shape[0] for tensor in own), default=0)
         # Each part of a tensor may begin and end within a grain, and two cuts make two more parts.
         slack_bytes = max(
             slack_bytes,
             2 * GRAIN_BYTES * (len(own) + 2) + CUT_ROWS * widest * max(item_bytes, file_item_bytes),
         )
-    heads_size = spec.num_heads * spec.head_dim
-    kv_size = 2 * spec.num_kv_heads * spec.head_dim
-    projections = spec.hidden_size * (heads_size + kv_size)
-    # The two peaks of a layer: attention (norm, q, k, v, output) and MLP (norm, up, down).
-    wide = max(spec.hidden_size + 2 * heads_size + kv_size, spec.hidden_size + 2 * spec.mlp_size)
+    projections = _projection_values(spec)
     return ModelSizes(
         layer_bytes=tuple(layer_bytes),
         layer_slack_bytes=slack_bytes,
         table_bytes=table_bytes,
         decoded_ratio=item_bytes / file_item_bytes,
-        cache_token_bytes=kv_bytes_per_token(spec, item_bytes) * spec.num_layers,
-        num_layers=spec.num_layers,
+        caches=_caches(spec, item_bytes),
         hidden_token_bytes=spec.hidden_size * item_bytes,
-        work_token_bytes=wide * item_bytes,
+        work_token_bytes=max(_work_values(spec, layer) for layer in set(spec.layers)) * item_bytes,
         # The product, its float32 copy, and one more for sampling.
         head_token_bytes=spec.vocab_size * (item_bytes + 8),
         # Scores and their softmax, in float32.
-        score_bytes=spec.num_heads * 8,
+        score_bytes=max(layer.attention.num_heads for layer in spec.layers) * 8,
         token_flops=flops_per_token(spec),
-        crossing_token_bytes=(2 * heads_size + kv_size) * item_bytes,
-        projection_bytes=spec.num_layers * projections * file_item_bytes,
-        projection_flops=spec.num_layers * 2 * projections,
+        crossing_token_bytes=max(_crossing_values(layer.attention) for layer in spec.layers)
+        * item_bytes,
+        projection_bytes=projections * file_item_bytes,
+        projection_flops=2 * projections,
         max_positions=spec.max_positions,
+    )
+
+
+def _caches(spec: ModelSpec, item_bytes: int) -> tuple[LayerCaches, ...]:
+    counts: dict[LayerCaches, int] = {}
+    for layer in spec.layers:
+        attention = layer.attention
+        alike = LayerCaches(
+            num_layers=1,
+            plane_token_bytes=attention.cache_heads * attention.cache_dim * item_bytes,
+            num_planes=attention.cache_planes,
+            window=attention.window,
+        )
+        counts[alike] = counts.get(alike, 0) + 1
+    return tuple(replace(alike, num_layers=count) for alike, count in counts.items())
+
+
+def _crossing_values(attention: Attention | LatentAttention) -> int:
+    """Queries and results of one token, and what is new in the cache."""
+    new = attention.cache_planes * attention.cache_heads * attention.cache_dim
+    return 2 * attention.query_size + new
+
+
+def _work_values(spec: ModelSpec, layer: Layer) -> int:
+    """The more of a layer's two peaks: attention (norm, q, k, v, output), MLP (norm, up, down)."""
+    attention, mlp = layer.attention, layer.mlp
+    attending = spec.hidden_size + _crossing_values(attention)
+    if isinstance(attention, Attention) and attention.rope is not None:
+        attending += attention.query_size  # the parts of a turn, before they are put together
+    if isinstance(attention, LatentAttention):
+        attending += 2 * attention.query_size + attention.out_size
+    if isinstance(mlp, Experts):
+        # Expert by expert, with copies of the tokens; at worst one expert takes them all.
+        shared = mlp.shared.size if mlp.shared is not None else 0
+        width = max(mlp.mlp.size, shared) * 3 + 3 * spec.hidden_size
+    else:
+        width = (3 if mlp.gated else 2) * mlp.size
+    beside = spec.hidden_size * (3 if layer.norms != "input" or layer.parallel != "no" else 1)
+    # A norm by its mean square is worked out in float32.
+    wide_norm = 4 * spec.hidden_size if spec.norm.kind == "rms" else 0
+    return max(beside + attending, beside + width, beside + wide_norm)
+
+
+def _projection_values(spec: ModelSpec) -> int:
+    """Values of all matrices that hidden states are multiplied with first."""
+    return sum(
+        tensor.num_values
+        for layer in range(1, spec.head_layer)
+        for tensor in layer_tensors(spec, layer)
+        if is_projection(tensor)
     )
 
 

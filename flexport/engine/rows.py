@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from flexport.engine.cache import BatchCache
 from flexport.schedule.order import BatchPlan, Piece
 
-__all__ = ["Batch", "Done", "Row"]
+__all__ = ["Batch", "Done", "Row", "Token"]
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +40,22 @@ class Row:
     """Tokens that may be sampled; 1 means that the prompt is all that is computed."""
     sampled_ids: list[int] = field(default_factory=list)
     ended: bool = False
+
+    @property
+    def limit(self) -> int:
+        """Tokens that the row may come to, the last one sampled left out."""
+        return len(self.prompt_ids) + self.max_steps - 1
+
+
+class Token(NamedTuple):
+    """A token that is computed: its id, its place, and its row's lengths."""
+
+    token_id: int
+    position: int
+    length: int
+    """Tokens that its row has: the whole prompt, or all up to this one."""
+    limit: int
+    """Tokens that its row may come to."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,20 +92,22 @@ class Batch:
             return len(live)
         return sum(piece.stop - max(piece.start, self.start(index)) for index in live)
 
-    def tokens(self, piece: Piece) -> tuple[list[int], list[int]]:
-        """Ids and positions of the piece's tokens, row by row."""
-        ids: list[int] = []
-        positions: list[int] = []
+    def tokens(self, piece: Piece) -> list[Token]:
+        """The piece's tokens, row by row."""
+        tokens: list[Token] = []
         for index in self.live(piece):
             row, start = self.rows[index], self.start(index)
             if piece.rows is None:
-                ids.append(row.sampled_ids[piece.start - self.num_columns])
-                positions.append(piece.start - start)
+                token_id = row.sampled_ids[piece.start - self.num_columns]
+                tokens.append(Token(token_id, piece.start - start, piece.stop - start, row.limit))
             else:
                 first, last = max(piece.start, start) - start, piece.stop - start
-                ids.extend(row.prompt_ids[first:last])
-                positions.extend(range(first, last))
-        return ids, positions
+                length = len(row.prompt_ids)
+                tokens.extend(
+                    Token(row.prompt_ids[position], position, length, row.limit)
+                    for position in range(first, last)
+                )
+        return tokens
 
     def wanted(self, piece: Piece) -> tuple[list[tuple[Row, int]], list[int]]:
         """Whose logits are wanted: (row, how many tokens), and the tokens' places in the piece."""

@@ -11,7 +11,7 @@ from flexport.checkpoint.directory import open_checkpoint, read_object, require,
 from flexport.demo import MODEL_DIR
 from flexport.errors import CheckpointError, UnsupportedModel
 from flexport.models import ModelSpec, known_config, known_names, spec_of
-from flexport.models.spec import TensorSpec, layer_tensors, owned_tensors
+from flexport.models.spec import Layer, TensorSpec, layer_tensors, owned_tensors
 from flexport.records import FileTensor
 
 __all__ = ["Source", "open_source"]
@@ -44,27 +44,34 @@ class Source:
     def make_up(self, directory: Path, dtype: str, seed: int) -> dict[str, FileTensor]:
         """Write seeded random weights, and say where each tensor lies.
 
-        All decoder layers share the bytes of one, so that a 175B model needs 4 GB of disk; what
+        All decoder layers of one kind share the bytes of one, so that a 175B model needs 4 GB of disk; what
         a run reads and computes is the same.
         """
         from flexport.checkpoint.dummy import DummyKind, write_dummy  # and torch
 
-        layers = [0, 1, self.spec.head_layer]
-        wanted = [t for layer in layers for t in owned_tensors(self.spec, layer)]
-        kinds: dict[str, DummyKind] = {"table": "matrix", "matrix": "matrix", "bias": "bias"}
+        first_of: dict[Layer, int] = {}
+        for index, layer in enumerate(self.spec.layers, start=1):
+            first_of.setdefault(layer, index)
+        written_layers = [0, *first_of.values(), self.spec.head_layer]
+        wanted = {
+            t.names[0]: t for layer in written_layers for t in owned_tensors(self.spec, layer)
+        }
+        kinds: dict[str, DummyKind] = {
+            "table": "matrix", "matrix": "matrix", "operand": "matrix", "bias": "bias"
+        }  # fmt: skip
         written = write_dummy(
             directory / "dummy.safetensors",
             [
-                (t.names[0], t.shape, "norm" if _is_norm_weight(t) else kinds.get(t.kind, "bias"))
-                for t in wanted
+                (name, t.file_shape, "norm" if _is_norm_weight(t) else kinds.get(t.kind, "bias"))
+                for name, t in wanted.items()
             ],
             dtype,
             seed,
         )
         files = dict(written)
-        first = layer_tensors(self.spec, 1)
-        for layer in range(2, self.spec.head_layer):
-            for tensor, like in zip(layer_tensors(self.spec, layer), first, strict=True):
+        for index, layer in enumerate(self.spec.layers, start=1):
+            likes = layer_tensors(self.spec, first_of[layer])
+            for tensor, like in zip(layer_tensors(self.spec, index), likes, strict=True):
                 files[tensor.names[0]] = written[like.names[0]]
         return files
 
@@ -84,7 +91,7 @@ def open_source(
     for layer in range(spec.num_schedule_layers):
         for tensor in owned_tensors(spec, layer):
             found = [name for name in tensor.names if name in checkpoint.tensors]
-            names[(found or tensor.names)[0]] = tensor.shape
+            names[(found or tensor.names)[0]] = tensor.file_shape
     files = require(checkpoint, names)
     extra = [name for name in unexpected(checkpoint, names) if not name.endswith(IGNORED_SUFFIXES)]
     if extra:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from flexport.backend import Backend, PacksWeights
 from flexport.engine.host_compute import HostCompute
 from flexport.engine.transfer import to_device
-from flexport.models.spec import ModelSpec, TensorSpec, owned_tensors
+from flexport.models.spec import ModelSpec, TensorSpec, is_projection, owned_tensors
 from flexport.planner.footprint import layer_splits
 from flexport.policy import Split, Tier
 from flexport.records import FileTensor
@@ -34,9 +34,6 @@ from flexport.store.store import FileRun, Kept, Lease, Store
 from flexport.torch_ops import as_tensor, torch_dtype
 
 __all__ = ["LayerLease", "ModelWeights", "Shard", "place_weights"]
-
-PROJECTION_SLOTS = ("q.weight", "k.weight", "v.weight")
-"""What the CPU may multiply with in place of its being streamed."""
 
 MERGE_BYTES = 8 << 10
 """Ranges of a file closer than this are read as one. Reading them apart would take as much memory,
@@ -87,7 +84,7 @@ def place_weights(
     """
     found_layers = [
         [
-            (tensor, next(files[name] for name in tensor.names if name in files))
+            (tensor, _part_of(next(files[name] for name in tensor.names if name in files), tensor))
             for tensor in tensors
         ]
         for tensors in (owned_tensors(spec, layer) for layer in range(spec.num_schedule_layers))
@@ -98,7 +95,7 @@ def place_weights(
     for found, own in zip(found_layers, layer_splits(sizes, split), strict=True):
         dealer = dealers.setdefault(own, Dealer(own))
         # Vectors first: they are the last that should stream, being used by every visit.
-        ordered = sorted(found, key=lambda pair: len(pair[0].shape) > 1)
+        ordered = sorted(found, key=lambda pair: pair[0].kind not in ("norm", "bias"))
         if projections_on_host:
             ordered = _with_projections_after(ordered, own.device)
         parts = dealer.cut([(f.shape[0], f.num_bytes // f.shape[0]) for _, f in ordered])
@@ -121,14 +118,28 @@ def _with_projections_after(
     ordered: Sequence[tuple[TensorSpec, FileTensor]], share: float
 ) -> list[tuple[TensorSpec, FileTensor]]:
     """The same, with query, key and value matrices right after the first `share` of the bytes."""
-    others = [pair for pair in ordered if pair[0].slot not in PROJECTION_SLOTS]
-    projections = [pair for pair in ordered if pair[0].slot in PROJECTION_SLOTS]
+    others = [pair for pair in ordered if not is_projection(pair[0])]
+    projections = [pair for pair in ordered if is_projection(pair[0])]
     before_bytes = share * sum(file.num_bytes for _, file in ordered)
     at = 0
     while at < len(others) and before_bytes > 0:
         before_bytes -= others[at][1].num_bytes
         at += 1
     return [*others[:at], *projections, *others[at:]]
+
+
+def _part_of(file: FileTensor, tensor: TensorSpec) -> FileTensor:
+    """The bytes of a tensor that is a slice of the file's."""
+    if tensor.slice_of is None:
+        return file
+    index, num_slices = tensor.slice_of
+    num_bytes = file.num_bytes // num_slices
+    return replace(
+        file,
+        offset_bytes=file.offset_bytes + index * num_bytes,
+        num_bytes=num_bytes,
+        shape=tensor.shape,
+    )
 
 
 class _Bundle:
@@ -190,6 +201,10 @@ class ModelWeights:
             defaultdict(list) for _ in layers
         ]
         self._streams: list[list[tuple[_Bundle, Kept]]] = [[] for _ in layers]
+        self.transposed = frozenset(
+            shard.tensor.slot for shards in layers for shard in shards if shard.tensor.transposed
+        )
+        """Slots of matrices that lie as (features in, features out), in whatever layer."""
         self._projections: list[list[tuple[_Bundle, Kept]]] = [[] for _ in layers]
         """Bundles that stay on the host while the CPU multiplies with them."""
         self._on_host: dict[Shard, Tensor] = {}
@@ -285,7 +300,7 @@ class ModelWeights:
         """Whether the CPU may multiply with the shard, as it lies."""
         return (
             self._cpu_projections
-            and shard.tensor.slot in PROJECTION_SLOTS
+            and is_projection(shard.tensor)
             and torch_dtype(shard.file.dtype) == self._dtype
         )
 
@@ -308,7 +323,10 @@ class ModelWeights:
         plain = as_tensor(buffer.bytes_B, 0, shard.shape, self._dtype).copy_(view)
         # A tied head is a table too, and a packed weight can't be read by rows.
         is_table = self.spec.tied_head and shard.tensor.slot == "head.weight"
-        if shard.tensor.kind != "matrix" or is_table or not isinstance(self._backend, PacksWeights):
+        is_matrix = shard.tensor.kind == "matrix" and not is_table
+        if shard.tensor.transposed:
+            plain = plain.T
+        if not is_matrix or not isinstance(self._backend, PacksWeights):
             return plain
         packed = self._backend.pack(plain)
         if packed is not plain:
@@ -381,7 +399,10 @@ class LayerLease:
         for bundle, kept, lease in self._leases:
             lease.ticket.wait()
             for shard, view in bundle.views(lease.bytes_B, kept):
-                parts.setdefault(shard.tensor.slot, []).append((shard.begin, self._decode(view)))
+                values = self._decode(view)
+                if shard.tensor.transposed:
+                    values = values.T
+                parts.setdefault(shard.tensor.slot, []).append((shard.begin, values))
         self._parts = {
             slot: sorted(tensors, key=lambda part: part[0]) for slot, tensors in parts.items()
         }
@@ -412,16 +433,42 @@ class LayerLease:
     def _near_products(self, x_TD: Tensor, part: str) -> list[tuple[int, Tensor]]:
         """What the device computes of a product, each with its first feature."""
         bias_F, products = self._bias(part), []
-        for begin, weight_RD in self._all().get(f"{part}.weight", ()):
+        shards = self._all().get(f"{part}.weight", ())
+        if f"{part}.weight" in self._model.transposed:
+            return [(0, self._sum_of_products(x_TD, shards, bias_F))]
+        for begin, weight_RD in shards:
             bias_R = None if bias_F is None else bias_F[begin : begin + weight_RD.shape[0]]
             products.append((begin, self._backend.matmul(x_TD, weight_RD, bias_R)))
         return products
+
+    def _sum_of_products(
+        self, x_TD: Tensor, shards: Sequence[tuple[int, Tensor]], bias_F: Tensor | None
+    ) -> Tensor:
+        """The product with a matrix that is cut by features in."""
+        total_TF: Tensor | None = None
+        for begin, weight_FR in shards:
+            x_TR = x_TD[:, begin : begin + weight_FR.shape[1]]
+            product_TF = self._backend.matmul(x_TR, weight_FR, bias_F)
+            total_TF, bias_F = product_TF if total_TF is None else total_TF + product_TF, None
+        assert total_TF is not None, "a matrix without shards"
+        return total_TF
 
     def _bias(self, part: str) -> Tensor | None:
         return self.vector(f"{part}.bias") if f"{part}.bias" in self._all() else None
 
     def vector(self, slot: str) -> Tensor:
         """A whole vector."""
+        return self._whole(slot)
+
+    def matrix(self, part: str) -> Tensor:
+        """A whole matrix that the backend did not pack."""
+        return self._whole(f"{part}.weight")
+
+    def experts(self, picked: Sequence[int]) -> Iterator[int]:
+        """The experts of `picked`, each when its parts can be used."""
+        yield from picked
+
+    def _whole(self, slot: str) -> Tensor:
         parts = self._all()[slot]
         if len(parts) > 1:
             parts[:] = [(0, torch.cat([part for _, part in parts]))]

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from flexport.backend import Ticket
-from flexport.engine.attend import PieceAttention, attend_to
+from flexport.engine.attend import PieceAttention, attend_to, common_to_rows
 from flexport.engine.cache import HeldBands
 from flexport.engine.clock import Clock
 from flexport.engine.hidden import HiddenStates
 from flexport.engine.host_compute import HostCompute
 from flexport.engine.rows import Batch, Row
 from flexport.engine.transfer import to_device
+from flexport.engine.turns import VisitTurns
 from flexport.engine.weights import LayerLease, ModelWeights
 from flexport.models.decoder import decoder_layer, embed, head
+from flexport.models.rope import Rope
 from flexport.planner.footprint import HEAD_TOKENS, Footprint
 from flexport.policy import Split
 from flexport.process import trim_heap
@@ -94,6 +96,11 @@ class JobWork:
         self._store = store
         self._host = host
         self._hidden = HiddenStates(store, activations)
+        self._turns: dict[Pieces, VisitTurns] = {}
+        """Of groups of pieces that are on their way through the layers."""
+        attentions = [layer.attention for layer in self._spec.layers]
+        self._turn = any(attention.rope is not None for attention in attentions)
+        self._attentions = [common_to_rows(attention) for attention in attentions]
         self._purpose = purpose
         self._clock = clock
         self._behind_bytes = needs.headroom_bytes
@@ -222,12 +229,12 @@ class JobWork:
     # ---- the three kinds of layers
 
     def _embed(self, key: Pieces, parts: Sequence[_Part], layer: LayerLease) -> None:
-        ids: list[int] = []
-        positions: list[int] = []
-        for batch, piece in parts:
-            for all_of, new in zip((ids, positions), batch.tokens(piece), strict=True):
-                all_of.extend(new)
+        tokens = [token for batch, piece in parts for token in batch.tokens(piece)]
+        ids, positions, lengths, limits = (list(values) for values in zip(*tokens, strict=True))
         x_TD = embed(self._spec, layer, torch.tensor(ids), torch.tensor(positions))
+        if self._turn:
+            backend = self._store.backend
+            self._turns[key] = VisitTurns(backend, x_TD.dtype, positions, lengths, limits)
         self._hidden.put(key, x_TD)
 
     def _decoder_layer(self, visit: Visit, parts: Sequence[_Part], layer: LayerLease) -> None:
@@ -240,17 +247,21 @@ class JobWork:
                 piece,
                 batch.live(piece),
                 self._held[visit.layer, piece],
+                attention=self._attentions[visit.layer - 1],
                 num_tokens=batch.num_tokens(piece),
                 keep=batch.keeps(piece),
             )
             for batch, piece in parts
         ]
-        x_TD = decoder_layer(self._spec, layer, x_TD, attend_to(pieces))
+        own = self._spec.layers[visit.layer - 1]
+        turns = self._turns.get(visit.pieces, _no_turns)
+        x_TD = decoder_layer(self._spec, own, layer, x_TD, attend_to(pieces), turns)
         self._mark(x_TD)
         self._hidden.put(visit.pieces, x_TD)
 
     def _head(self, key: Pieces, parts: Sequence[_Part], layer: LayerLease) -> None:
         x_TD = self._hidden.take(key)
+        self._turns.pop(key, None)
         rows: list[tuple[Row, int]] = []
         places: list[int] = []
         at = 0
@@ -312,6 +323,10 @@ class JobWork:
     def _retire(self, batch: Batch) -> None:
         batch.cache.drop()
         del self.batches[batch.index]
+
+
+def _no_turns(rope: Rope) -> tuple[Tensor, Tensor]:
+    raise AssertionError(f"the angles of {rope} were not kept")
 
 
 def _told(visit: Visit) -> str:

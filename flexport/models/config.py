@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from flexport.errors import UnsupportedModel
@@ -16,37 +16,86 @@ class Config:
     """A config dict whose fields are checked as they are read. A null counts as absent."""
 
     def __init__(self, family: str, values: Mapping[str, Any]) -> None:
-        self._family = family
+        self.family = family
         self._values = values
 
-    def count(self, name: str, default: int) -> int:
-        """A whole number >= 1."""
+    def has(self, name: str) -> bool:
+        """Whether the field is there and not null."""
+        return self._values.get(name) is not None
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number >= 1; a field without a default has to be there."""
         value = self._get(name, default)
         if not _is_int(value) or value < 1:
-            raise self._unsupported(name, "a whole number >= 1")
+            raise self._refused(name, "a whole number >= 1")
         return int(value)
+
+    def count_or_none(self, name: str, default: int | None = None) -> int | None:
+        """The same; None if the field is absent and has no default."""
+        return self.count(name, default) if self.has(name) or default is not None else None
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number; a field without a default has to be there."""
+        value = self._get(name, default)
+        if not _is_number(value):
+            raise self._refused(name, "a number")
+        return float(value)
+
+    def number_or_none(self, name: str, default: float | None = None) -> float | None:
+        """The same; None if the field is absent and has no default."""
+        return self.number(name, default) if self.has(name) or default is not None else None
+
+    def numbers(self, name: str, how_many: int) -> tuple[float, ...]:
+        """A list of so many numbers."""
+        value = self._get(name, None)
+        if not isinstance(value, list) or len(value) != how_many or not all(map(_is_number, value)):
+            raise self._refused(name, f"a list of {how_many} numbers")
+        return tuple(map(float, value))
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self._get(name, default)
         if not isinstance(value, bool):
-            raise self._unsupported(name, "true or false")
+            raise self._refused(name, "true or false")
         return value
+
+    def word(self, name: str, default: str) -> str:
+        """A string."""
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise self._refused(name, "a string")
+        return value
+
+    def words(self, name: str, how_many: int, known: Sequence[str]) -> tuple[str, ...] | None:
+        """One of the known words for each of so many layers; None if the field is absent."""
+        value = self._get(name, None)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != how_many or not set(value) <= set(known):
+            raise self._refused(name, f"a list of {how_many}, each one of {', '.join(known)}")
+        return tuple(value)
+
+    def ints(self, name: str, default: Sequence[int]) -> tuple[int, ...]:
+        """A list of whole numbers."""
+        value = self._get(name, list(default))
+        if not isinstance(value, list) or not all(map(_is_int, value)):
+            raise self._refused(name, "a list of whole numbers")
+        return tuple(value)
 
     def choice(self, name: str, default: str, known: Mapping[str, Value]) -> Value:
         """What `known` has for a word."""
         value = self._get(name, default)
         if not isinstance(value, str) or value not in known:
-            raise self._unsupported(name, f"one of {', '.join(known)}")
+            raise self._refused(name, f"one of {', '.join(known)}")
         return known[value]
 
-    def token_id(self, name: str, default: int) -> int | None:
+    def token_id(self, name: str, default: int | None) -> int | None:
         """A token id, `default` where the field is absent, None where it is null."""
         value = self._values.get(name, default)
         if value is None:
             return None
         if not _is_int(value) or value < 0:
-            raise self._unsupported(name, "a token id")
+            raise self._refused(name, "a token id")
         return int(value)
 
     def token_ids(self, name: str, default: int | None) -> tuple[int, ...]:
@@ -54,23 +103,40 @@ class Config:
         value = self._values.get(name, default)
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(_is_int(item) and item >= 0 for item in listed):
-            raise self._unsupported(name, "a token id or a list of them")
+            raise self._refused(name, "a token id or a list of them")
         return tuple(listed)
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """An object; an empty one if the field is absent."""
+        value = self._get(name, {})
+        if not isinstance(value, Mapping):
+            raise self._refused(name, "an object")
+        return value
+
+    def within(self, label: str, values: Mapping[str, Any]) -> Config:
+        """The fields of an object in the config."""
+        return Config(f"{self.family} {label}", values)
 
     def refuse_unless(self, name: str, required: object) -> None:
         """Raise if the field is there and is not `required`."""
         if self._get(name, required) != required:
-            raise self._unsupported(name, repr(required))
+            raise self._refused(name, repr(required))
+
+    def unsupported(self, found: str, known: str) -> UnsupportedModel:
+        """The error for what was found, and what can be run instead."""
+        return UnsupportedModel(f"{self.family} config: {found}; flexport can run {known}")
 
     def _get(self, name: str, default: object) -> Any:
         value = self._values.get(name)
         return default if value is None else value
 
-    def _unsupported(self, name: str, known: str) -> UnsupportedModel:
-        return UnsupportedModel(
-            f"{self._family} config: {name} is {self._values.get(name)!r}; flexport can run {known}"
-        )
+    def _refused(self, name: str, known: str) -> UnsupportedModel:
+        return self.unsupported(f"{name} is {self._values.get(name)!r}", known)
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30

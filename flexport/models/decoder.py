@@ -6,28 +6,41 @@ and their caches. What a layer's weights are made of and where they live is the 
 (`Weights`); here is only the arithmetic and its order.
 
 Dimension key: T tokens, D hidden features, S features of the token table, M features of the
-MLP, H query heads, K key/value heads, E features of a head, F features of whatever a slot
-gives, V vocabulary.
+MLP, H query heads, K key/value heads, E features of a head, L features of a compressed key and
+value, P of a query that do not turn, U features of a value, N experts, A experts that a token
+passes, F features of whatever a slot gives, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from flexport.models.spec import Activation, ModelSpec
+from flexport.models.experts import expert_mlps
+from flexport.models.ops import apply_norm, gated_mlp, rotate_
+from flexport.models.rope import Rope
+from flexport.models.spec import Attention, Experts, Fused, LatentAttention, Layer, ModelSpec
 
-__all__ = ["Attend", "Weights", "decoder_layer", "embed", "head"]
+__all__ = ["Attend", "Turns", "Weights", "decoder_layer", "embed", "head"]
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""attend(q_THE, k_TKE, v_TKE) -> o_THE: store the new keys and values, attend over all.
 
-Queries come unscaled; the caller scales scores by `spec.attention_scale`.
-"""
+class Attend(Protocol):
+    """Stores the tokens' new keys and values, and attends over all."""
+
+    def __call__(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor | None, sinks_H: Tensor | None
+    ) -> Tensor:
+        """The result o_THE. Without values, keys are values, too.
+
+        Queries come unscaled; the caller knows scale, window, cap and slopes of the layer.
+        """
+
+
+Turns = Callable[[Rope], tuple[Tensor, Tensor]]
+"""Cosines and sines of the tokens' angles, each (T, 1, pairs), in the dtype computed in."""
 
 
 class Weights(Protocol):
@@ -43,7 +56,10 @@ class Weights(Protocol):
         """The products of one x with several parts."""
 
     def vector(self, slot: str) -> Tensor:
-        """A norm's weight or bias, on the device, in the dtype computed in."""
+        """A norm's weight or bias, on the device, in the dtype computed in, in its own shape."""
+
+    def matrix(self, part: str) -> Tensor:
+        """A whole matrix (F, D) on the device, in the dtype computed in."""
 
     def rows(self, part: str, ids_T: Tensor) -> Tensor:
         """Rows of a table, in the dtype computed in.
@@ -51,42 +67,63 @@ class Weights(Protocol):
         A new tensor (T, F) that the decoder may write to.
         """
 
+    def experts(self, picked: Sequence[int]) -> Iterator[int]:
+        """The experts of `picked`, each when its parts can be used, until the next one is asked for."""
+
 
 def embed(spec: ModelSpec, weights: Weights, ids_T: Tensor, positions_T: Tensor) -> Tensor:
     """Hidden states x_TD of token ids at positions (a row's first token has position 0)."""
     x_TD = weights.rows("tokens", ids_T)
     if spec.projected:
         x_TD = weights.linear(x_TD, "project_in")
-    return x_TD.add_(weights.rows("positions", positions_T + spec.position_offset))
+    if spec.embed_scale != 1.0:
+        x_TD *= x_TD.new_tensor(spec.embed_scale)
+    if spec.learned_positions:
+        x_TD.add_(weights.rows("positions", positions_T + spec.position_offset))
+    return apply_norm(spec.norm, weights, x_TD, "embed_norm") if spec.embed_norm else x_TD
 
 
-def decoder_layer(spec: ModelSpec, weights: Weights, x_TD: Tensor, attend: Attend) -> Tensor:
+def decoder_layer(
+    spec: ModelSpec, layer: Layer, weights: Weights, x_TD: Tensor, attend: Attend, turns: Turns
+) -> Tensor:
     """Hidden states after one decoder layer.
 
     Takes x_TD over: its memory is written to, and may or may not be the result's.
     """
-    before = spec.norm_place == "pre"
-    num_tokens = x_TD.shape[0]
+    norm, scale = spec.norm, spec.residual_scale
+    before, behind = layer.norms in ("input", "both"), layer.norms in ("output", "both")
 
-    h_TD = _norm(spec, weights, x_TD, "attention_norm") if before else x_TD
-    q_TF, k_TF, v_TF = weights.linears(h_TD, ("q", "k", "v"))
-    q_THE = q_TF.view(num_tokens, spec.num_heads, spec.head_dim)
-    k_TKE = k_TF.view(num_tokens, spec.num_kv_heads, spec.head_dim)
-    v_TKE = v_TF.view(num_tokens, spec.num_kv_heads, spec.head_dim)
-    # From here on the norm's output is garbage; a wide visit has no room for garbage.
-    del h_TD
-    o_TF = attend(q_THE, k_TKE, v_TKE).reshape(num_tokens, spec.num_heads * spec.head_dim)
-    del q_TF, k_TF, v_TF, q_THE, k_TKE, v_TKE
-    x_TD.add_(weights.linear(o_TF, "out"))
+    def added(x_TD: Tensor, half_TD: Tensor, part: str) -> Tensor:
+        if behind:
+            half_TD = apply_norm(norm, weights, half_TD, part)
+        x_TD.add_(half_TD, alpha=scale)
+        return apply_norm(norm, weights, x_TD, part) if layer.norms == "sum" else x_TD
+
+    h_TD = apply_norm(norm, weights, x_TD, "attention_norm") if before else x_TD
+    if isinstance(layer.attention, Attention):
+        o_TF = _attention(layer.attention, weights, h_TD, attend, turns)
+    else:
+        o_TF = _latent_attention(layer.attention, weights, h_TD, attend, turns)
+    if layer.parallel == "no":
+        # From here on the norm's output is garbage; a wide visit has no room for garbage.
+        del h_TD
+    a_TD = weights.linear(o_TF, "out")
     del o_TF
-    if not before:
-        x_TD = _norm(spec, weights, x_TD, "attention_norm")
-
-    h_TD = _norm(spec, weights, x_TD, "mlp_norm") if before else x_TD
-    h_TM = weights.linear(h_TD, "up")
+    if layer.parallel == "no":
+        x_TD = added(x_TD, a_TD, "attention_out_norm")
+        del a_TD
+    if before and layer.parallel != "one norm":
+        h_TD = apply_norm(norm, weights, x_TD, "mlp_norm")
+    elif layer.parallel == "no":
+        h_TD = x_TD
+    if isinstance(layer.mlp, Experts):
+        m_TD = expert_mlps(layer.mlp, weights, h_TD)
+    else:
+        m_TD = gated_mlp(layer.mlp, weights, h_TD)
     del h_TD
-    x_TD.add_(weights.linear(_activate_(h_TM, spec.activation), "down"))
-    return x_TD if before else _norm(spec, weights, x_TD, "mlp_norm")
+    if layer.parallel != "no":
+        x_TD = added(x_TD, a_TD, "attention_out_norm")
+    return added(x_TD, m_TD, "mlp_out_norm")
 
 
 def head(spec: ModelSpec, weights: Weights, x_TD: Tensor) -> Tensor:
@@ -95,23 +132,97 @@ def head(spec: ModelSpec, weights: Weights, x_TD: Tensor) -> Tensor:
     The product itself is in the dtype computed in, as in transformers; float32 keeps what
     follows (log-softmax, cuts) from losing more.
     """
-    x_TS = _norm(spec, weights, x_TD, "final_norm") if spec.final_norm else x_TD
+    x_TS = apply_norm(spec.norm, weights, x_TD, "final_norm") if spec.final_norm else x_TD
     if spec.projected:
         x_TS = weights.linear(x_TS, "project_out")
-    return weights.linear(x_TS, "head").float()
+    logits_TV = weights.linear(x_TS, "head").float()
+    if spec.logit_scale != 1.0:
+        logits_TV *= spec.logit_scale
+    if spec.logit_cap is not None:
+        logits_TV.div_(spec.logit_cap).tanh_().mul_(spec.logit_cap)
+    return logits_TV
 
 
-def _norm(spec: ModelSpec, weights: Weights, x_TD: Tensor, part: str) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) over features, times a weight plus a bias if it has them."""
-    weight_D = weights.vector(f"{part}.weight") if spec.norm_affine else None
-    bias_D = weights.vector(f"{part}.bias") if spec.norm_affine else None
-    return functional.layer_norm(x_TD, (spec.hidden_size,), weight_D, bias_D, spec.norm_eps)
+def _attention(
+    attention: Attention, weights: Weights, h_TD: Tensor, attend: Attend, turns: Turns
+) -> Tensor:
+    """What comes out of attention, (T, H * E)."""
+    q_THE, k_TKE, v_TKE = _projected(attention, weights, h_TD)
+    del h_TD
+    if attention.clip is not None:
+        q_THE, k_TKE, v_TKE = (
+            x.clamp(-attention.clip, attention.clip) for x in (q_THE, k_TKE, v_TKE)
+        )
+    steps = ["norm", "turn"] if not attention.norm_after_rope else ["turn", "norm"]
+    for step in steps:
+        if step == "norm" and attention.head_norm is not None:
+            q_THE = _head_norm(attention, weights, q_THE, "q_norm")
+            k_TKE = _head_norm(attention, weights, k_TKE, "k_norm")
+        if step == "turn" and attention.rope is not None:
+            cos, sin = turns(attention.rope)
+            rotate_(q_THE, cos, sin, attention.rope.interleaved)
+            rotate_(k_TKE, cos, sin, attention.rope.interleaved)
+    sinks_H = weights.vector("sinks.weight") if attention.sinks else None
+    return attend(q_THE, k_TKE, v_TKE, sinks_H).reshape(len(q_THE), attention.out_size)
 
 
-def _activate_(x_TM: Tensor, activation: Activation) -> Tensor:
-    """The activation of x, in x's own memory where torch can."""
-    if activation == "relu":
-        return torch.relu_(x_TM)
-    if activation == "silu":
-        return functional.silu(x_TM, inplace=True)
-    return functional.gelu(x_TM, approximate="tanh" if activation == "gelu_tanh" else "none")
+def _projected(
+    attention: Attention, weights: Weights, h_TD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, head by head."""
+    num_tokens, head_dim = h_TD.shape[0], attention.head_dim
+    products = weights.linears(h_TD, attention.projections)
+    if attention.fused is not None:
+        return _taken_apart(products[0], attention, attention.fused)
+    q_THE, k_TKE, v_TKE = (x.view(num_tokens, -1, head_dim) for x in products)
+    return q_THE, k_TKE, v_TKE
+
+
+def _taken_apart(
+    qkv_TF: Tensor, attention: Attention, fused: Fused
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = {"q": attention.num_heads, "k": attention.num_kv_heads, "v": attention.num_kv_heads}
+    own = [heads[letter] // fused.num_parts for letter in fused.order]
+    parts = qkv_TF.view(len(qkv_TF), fused.num_parts, sum(own), attention.head_dim).split(own, 2)
+    by_letter = dict(zip(fused.order, parts, strict=True))
+    q_THE, k_TKE, v_TKE = (by_letter[letter].flatten(1, 2) for letter in "qkv")
+    return q_THE, k_TKE, v_TKE
+
+
+def _head_norm(attention: Attention, weights: Weights, x_THE: Tensor, part: str) -> Tensor:
+    assert attention.head_norm is not None
+    over, norm = attention.head_norm.over, attention.head_norm.norm
+    if over == "all":
+        return apply_norm(norm, weights, x_THE.flatten(1), part).view(x_THE.shape)
+    return apply_norm(norm, weights, x_THE, part)
+
+
+def _latent_attention(
+    attention: LatentAttention, weights: Weights, h_TD: Tensor, attend: Attend, turns: Turns
+) -> Tensor:
+    """What comes out of attention, (T, H * U), with keys and values left compressed.
+
+    A head's key is kv_up_k @ c for the compressed vector c, so q . key = (q @ kv_up_k) . c: the
+    query is mapped once, in place of every key; and so is the weighted sum of values.
+    """
+    heads, rank = attention.num_heads, attention.latent_dim
+    if attention.query_rank is None:
+        q_TF, kv_TF = weights.linears(h_TD, ("q", "kv_down"))
+    else:
+        down_TF, kv_TF = weights.linears(h_TD, ("q_down", "kv_down"))
+        q_TF = weights.linear(apply_norm(attention.norm, weights, down_TF, "q_norm"), "q")
+    q_THF = q_TF.view(len(q_TF), heads, attention.plain_dim + attention.rope_dim)
+    key_TL = apply_norm(attention.norm, weights, kv_TF[:, :rank], "kv_norm")
+    cos, sin = turns(attention.rope)
+    turning_T1F, q_turning_THF = kv_TF[:, None, rank:], q_THF[..., attention.plain_dim :]
+    rotate_(q_turning_THF, cos, sin, attention.rope.interleaved)
+    rotate_(turning_T1F, cos, sin, attention.rope.interleaved)
+    up_HFL = weights.matrix("kv_up").view(heads, attention.plain_dim + attention.value_dim, rank)
+    up_k_HPL, up_v_HUL = up_HFL.split([attention.plain_dim, attention.value_dim], 1)
+    q_plain_HTP = q_THF[..., : attention.plain_dim].transpose(0, 1)
+    q_THL = torch.bmm(q_plain_HTP, up_k_HPL).transpose(0, 1)
+    q_THE = torch.cat([q_THL, q_turning_THF], -1)
+    k_T1E = torch.cat([key_TL[:, None], turning_T1F], -1)
+    o_THL = attend(q_THE, k_T1E, None, None)[..., :rank]
+    o_HTU = torch.bmm(o_THL.transpose(0, 1), up_v_HUL.mT)
+    return o_HTU.transpose(0, 1).reshape(len(q_TF), attention.out_size)

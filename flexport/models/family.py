@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from flexport.errors import UnsupportedModel
-from flexport.models import opt
+from flexport.models import llama, opt
 from flexport.models.config import Config
 from flexport.models.spec import ModelSpec
 
@@ -23,7 +23,7 @@ GROUP = "flexport.models"
 SpecOf = Callable[[Mapping[str, Any]], ModelSpec]
 """Turns a Hugging Face config into a spec; raises UnsupportedModel, naming the field."""
 
-_OURS: dict[str, SpecOf] = {"opt": opt.spec}
+_OURS: dict[str, SpecOf] = {"llama": llama.spec, "opt": opt.spec}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,18 +14,10 @@ from typing import Any
 
 from flexport.errors import UnsupportedModel
 from flexport.models.config import Config
-from flexport.models.spec import Activation, ModelSpec
+from flexport.models.naming import ACTIVATIONS, checkpoint_names
+from flexport.models.spec import Attention, Layer, Mlp, ModelSpec, Norm
 
 __all__ = ["spec"]
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-}
 
 _POSITION_OFFSET = 2
 """fairseq numbered positions from padding_idx + 1 = 2 on, and the trained table kept that."""
@@ -65,39 +57,49 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
             f"num_attention_heads {num_heads}"
         )
     norm_before = fields.flag("do_layer_norm_before", True)
+    affine = fields.flag("layer_norm_elementwise_affine", True)
+    bias = fields.flag("enable_bias", True)
     tied_head = fields.flag("tie_word_embeddings", True)
+    max_positions = fields.count("max_position_embeddings", 2048)
+    head_dim = hidden_size // num_heads
+    layer = Layer(
+        attention=Attention(
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            bias=bias,
+            out_bias=bias,
+        ),
+        mlp=Mlp(
+            size=fields.count("ffn_dim", 3072),
+            activation=fields.choice("activation_function", "relu", ACTIVATIONS),
+            bias=bias,
+        ),
+        norms="input" if norm_before else "sum",
+    )
     return ModelSpec(
         family="opt",
         vocab_size=fields.count("vocab_size", 50272),
         hidden_size=hidden_size,
         embed_size=fields.count("word_embed_proj_dim", hidden_size),
-        num_layers=fields.count("num_hidden_layers", 12),
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=hidden_size // num_heads,
-        mlp_size=fields.count("ffn_dim", 3072),
-        max_positions=fields.count("max_position_embeddings", 2048),
+        layers=(layer,) * fields.count("num_hidden_layers", 12),
+        norm=Norm(kind="layer", eps=1e-5, weight=affine, bias=affine),
+        max_positions=max_positions,
+        learned_positions=max_positions + _POSITION_OFFSET,
         position_offset=_POSITION_OFFSET,
-        norm_place="pre" if norm_before else "post",
-        norm_eps=1e-5,
-        norm_affine=fields.flag("layer_norm_elementwise_affine", True),
         final_norm=norm_before and not fields.flag("_remove_final_layer_norm", False),
-        activation=fields.choice("activation_function", "relu", _ACTIVATIONS),
-        linear_bias=fields.flag("enable_bias", True),
         tied_head=tied_head,
         bos_token_id=fields.token_id("bos_token_id", 2),
         eos_token_ids=fields.token_ids("eos_token_id", 2),
         pad_token_id=fields.token_id("pad_token_id", 1),
-        names=_names(tied_head),
+        names=_names(norm_before, tied_head),
     )
 
 
-def _names(tied_head: bool) -> dict[str, tuple[str, ...]]:
-    names = {part: tuple(prefix + name for prefix in _PREFIXES) for part, name in _PARTS.items()}
-    if tied_head:
-        # Of two names for one tensor a checkpoint may have kept the other.
-        names["tokens"] += ("lm_head",)
-        names["head"] = names["tokens"]
-    else:
-        names["head"] = ("lm_head",)
-    return names
+def _names(norm_before: bool, tied_head: bool) -> dict[str, tuple[str, ...]]:
+    parts = dict(_PARTS)
+    if not norm_before:
+        parts["attention_out_norm"] = parts.pop("attention_norm")
+        parts["mlp_out_norm"] = parts.pop("mlp_norm")
+    return checkpoint_names(parts, _PREFIXES, tied_head=tied_head)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexport.policy import Policy, Split
 
@@ -16,6 +16,7 @@ __all__ = [
     "HEAD_TOKENS",
     "Footprint",
     "JobSizes",
+    "LayerCaches",
     "ModelSizes",
     "cache_row_bytes",
     "footprint",
@@ -45,6 +46,28 @@ SPILL_SLACK = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCaches:
+    """Layers whose caches are alike."""
+
+    num_layers: int
+    plane_token_bytes: int
+    """Keys of one token in one layer; its values take as much."""
+    num_planes: int = 2
+    """2, keys and values; 1 where they are the same."""
+    window: int | None = None
+    """Tokens that are seen, where not all are."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return self.num_planes * self.plane_token_bytes
+
+    def page_row_bytes(self, width: int) -> int:
+        """One row of a page: keys and values each in whole grains of memory."""
+        return self.num_planes * _grains(width * self.plane_token_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
     """What a model's parts take, in bytes."""
 
@@ -56,10 +79,8 @@ class ModelSizes:
     """Of these, tables that are read by rows and never stream."""
     decoded_ratio: float
     """Bytes of a weight in the dtype computed in for each byte on disk."""
-    cache_token_bytes: int
-    """Keys and values of one token in all layers."""
-    num_layers: int
-    """Layers that have a cache."""
+    caches: tuple[LayerCaches, ...]
+    """The layers' caches, alike ones together."""
     hidden_token_bytes: int
     """Hidden states of one token between two layers."""
     work_token_bytes: int
@@ -78,6 +99,16 @@ class ModelSizes:
     """Of token_flops, those of these matrices."""
     max_positions: int
     """The longest row the model takes."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that have a cache."""
+        return sum(cache.num_layers for cache in self.caches)
+
+    @property
+    def cache_token_bytes(self) -> int:
+        """What one token takes in all layers."""
+        return sum(cache.num_layers * cache.token_bytes for cache in self.caches)
 
     @property
     def weight_bytes(self) -> int:
@@ -230,7 +261,18 @@ def cache_row_bytes(model: ModelSizes, job: JobSizes, page_tokens: int) -> int:
     widths = [
         width for part in page_widths(job.prompt_tokens, decoded, page_tokens) for width in part
     ]
-    return model.num_layers * sum(_page_row_bytes(model, width) for width in widths)
+    return sum(
+        cache.num_layers * sum(cache.page_row_bytes(width) for width in widths)
+        for cache in model.caches
+    )
+
+
+def _layer_row_bytes(model: ModelSizes, job: JobSizes, page_tokens: int) -> int:
+    """The most that one row takes in a layer."""
+    return max(
+        cache_row_bytes(replace(model, caches=(replace(cache, num_layers=1),)), job, page_tokens)
+        for cache in model.caches
+    )
 
 
 def footprint(
@@ -285,7 +327,7 @@ def footprint(
     load_bytes = round(near_bytes) + model.layer_slack_bytes if near_bytes > 0 else 0
 
     row_bytes = cache_row_bytes(model, job, page_tokens)
-    layer_row_bytes = row_bytes / model.num_layers
+    layer_row_bytes = _layer_row_bytes(model, job, page_tokens)
     page_row_bytes = _page_row_bytes(model, min(page_tokens, job.columns - job.prompt_tokens))
     cache_far = policy.cache.disk + (0.0 if unified else policy.cache.host)
     # Pages of this visit and of the next one.
@@ -368,8 +410,8 @@ def _neighbours(layer_bytes: Sequence[float]) -> float:
 
 
 def _page_row_bytes(model: ModelSizes, width: int) -> int:
-    """What one row takes of one layer's page, keys and values each in whole grains of memory."""
-    return 2 * _grains(width * model.cache_token_bytes / model.num_layers / 2)
+    """The most that one row takes of a layer's page."""
+    return max(cache.page_row_bytes(width) for cache in model.caches)
 
 
 def _rows_of(rows: int, share: float, cuts: int = 1) -> float:

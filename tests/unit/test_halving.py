@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flexport.engine.plan import model_sizes
 from flexport.models import known_config, spec_of
-from flexport.planner.footprint import JobSizes, footprint
+from flexport.planner.footprint import JobSizes, LayerCaches, footprint
 from flexport.planner.halving import halved, left_over
 from flexport.policy import Budgets, Policy, Split
 
@@ -17,8 +17,7 @@ MODEL = model_sizes(spec_of(known_config("facebook/opt-125m") or {}), 2, 2)
 TINY = replace(
     MODEL,
     layer_bytes=(9000, 7000, 7000, 9000),
-    cache_token_bytes=512,
-    num_layers=2,
+    caches=(LayerCaches(num_layers=2, plane_token_bytes=128),),
     hidden_token_bytes=128,
 )
 """So small that whole pages of memory count for more than what lies in them."""

@@ -27,7 +27,7 @@ def test_absent_fields_have_the_defaults_of_transformers():
     spec = spec_of(OPT)
 
     assert (spec.vocab_size, spec.hidden_size, spec.num_layers) == (50272, 768, 12)
-    assert (spec.norm_place, spec.final_norm, spec.activation) == ("pre", True, "relu")
+    assert (spec.layers[0].norms, spec.final_norm) == ("input", True)
     assert (spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id) == (2, (2,), 1)
 
 

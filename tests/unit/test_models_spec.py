@@ -18,7 +18,7 @@ from flexport.models import (
     num_parameters,
     spec_of,
 )
-from flexport.models.spec import ModelSpec
+from flexport.models.spec import Mlp, ModelSpec
 
 # arXiv:2205.01068, table 1: layers, heads, width. Head widths follow.
 OPT_TABLE = {
@@ -52,10 +52,12 @@ def known_spec(name: str) -> ModelSpec:
 def test_the_opt_sizes_are_those_of_the_paper(name):
     spec = known_spec(name)
 
-    found = (spec.num_layers, spec.num_heads, spec.hidden_size, spec.head_dim)
+    attention, mlp = spec.layers[0].attention, spec.layers[0].mlp
+    found = (spec.num_layers, attention.num_heads, spec.hidden_size, attention.cache_dim)
 
     assert found == OPT_TABLE[name]
-    assert spec.mlp_size == 4 * spec.hidden_size
+    assert isinstance(mlp, Mlp)
+    assert mlp.size == 4 * spec.hidden_size
     assert spec.max_positions == 2048
 
 
@@ -142,7 +144,7 @@ def test_every_decoder_layer_has_its_own_names():
 def test_one_token_of_opt_1_3b_takes_196_kb_of_cache():
     spec = known_spec("opt-1.3b")
 
-    num_bytes = spec.num_layers * kv_bytes_per_token(spec, 2)
+    num_bytes = spec.num_layers * kv_bytes_per_token(spec, 0, 2)
 
     assert num_bytes == 196_608
 
@@ -157,5 +159,5 @@ def test_flops_are_two_a_matrix_value_and_four_a_key_and_feature():
     assert layer_flops(spec, 0) == 0
     assert layer_flops(spec, 1) == 2 * 12 * hidden * hidden
     assert layer_flops(spec, spec.head_layer) == 2 * spec.vocab_size * hidden
-    assert attention_flops(spec, 100) == 4 * hidden * 100
-    assert with_keys - without_keys == spec.num_layers * attention_flops(spec, 100)
+    assert attention_flops(spec, 0, 100) == 4 * hidden * 100
+    assert with_keys - without_keys == spec.num_layers * attention_flops(spec, 0, 100)

@@ -6,19 +6,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexport.engine.pages import CacheShape
+from flexport.engine.pages import PageShape
 from flexport.planner.footprint import page_widths
 from flexport.store.direct_io import ALIGNMENT
 
 SHAPES = st.builds(
-    CacheShape,
-    num_layers=st.integers(1, 3),
+    PageShape,
     num_kv_heads=st.integers(1, 4),
     head_dim=st.sampled_from([1, 4, 64]),
-    page_tokens=st.integers(1, 20),
+    num_planes=st.sampled_from([1, 2]),
     keys_by_feature=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    scale=st.just(1.0),
 )
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexport.backend import AttentionSpec, Backend
-from flexport.engine.pages import CacheShape
+from flexport.engine.pages import PageShape
 from flexport.testing.conformance.problems import AttentionCase, AttentionProblem
 from flexport.testing.conformance.tensors import dtypes_of, on_host, placed
 from flexport.torch_ops import as_tensor
@@ -189,14 +189,12 @@ class AttentionLaws:
         for dtype in dtypes_of(backend):
             problem = AttentionProblem.draw(case, dtype)
             q_NHLE, _, _, spec = problem.on_device(backend)
-            cache = CacheShape(
-                num_layers=1,
+            cache = PageShape(
                 num_kv_heads=3,
                 head_dim=case.head_dim,
-                page_tokens=16,
+                num_planes=2,
                 keys_by_feature=by_feature,
                 dtype=dtype,
-                scale=spec.scale,
             )
             pages = []
             for keys_NKGE, values_NKGE in zip(problem.keys, problem.values, strict=True):

@@ -1,0 +1,57 @@
+"""What families share of names: activations as configs call them, tensors as checkpoints do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from flexport.models.spec import Activation
+
+__all__ = ["ACTIVATIONS", "LLAMA_PARTS", "checkpoint_names"]
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+LLAMA_PARTS: Mapping[str, str] = {
+    "tokens": "embed_tokens",
+    "final_norm": "norm",
+    "attention_norm": "layers.{i}.input_layernorm",
+    "q": "layers.{i}.self_attn.q_proj",
+    "k": "layers.{i}.self_attn.k_proj",
+    "v": "layers.{i}.self_attn.v_proj",
+    "out": "layers.{i}.self_attn.o_proj",
+    "mlp_norm": "layers.{i}.post_attention_layernorm",
+    "gate": "layers.{i}.mlp.gate_proj",
+    "up": "layers.{i}.mlp.up_proj",
+    "down": "layers.{i}.mlp.down_proj",
+}
+"""Llama's names, from which most families differ by a few."""
+
+PREFIXES = ("model.", "")
+"""Saved as a causal language model, or as the bare model."""
+
+
+def checkpoint_names(
+    parts: Mapping[str, str],
+    prefixes: Sequence[str] = PREFIXES,
+    *,
+    tied_head: bool,
+    head: str = "lm_head",
+) -> dict[str, tuple[str, ...]]:
+    """The names of a `ModelSpec`: each part behind each prefix, and the head.
+
+    Of two names for a tied tensor a checkpoint may have kept either.
+    """
+    names = {part: tuple(prefix + name for prefix in prefixes) for part, name in parts.items()}
+    if tied_head:
+        names["tokens"] += (head,)
+        names["head"] = names["tokens"]
+    else:
+        names["head"] = (head,)
+    return names

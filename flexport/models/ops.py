@@ -1,0 +1,103 @@
+"""Norms, rotations and MLPs: the parts that a decoder layer is made of.
+
+Dimension key: T tokens, D hidden features, M features of the MLP, H heads, E features of a head,
+P pairs of features that turn, F features of whatever a slot gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flexport.models.spec import Activation, Mlp, Norm
+
+__all__ = ["apply_norm", "gated_mlp", "rotate_"]
+
+
+class _Weights(Protocol):
+    def linear(self, x_TD: Tensor, part: str) -> Tensor: ...
+
+    def linears(self, x_TD: Tensor, parts: Sequence[str]) -> list[Tensor]: ...
+
+    def vector(self, slot: str) -> Tensor: ...
+
+
+def apply_norm(norm: Norm, weights: _Weights, x_TF: Tensor, part: str) -> Tensor:
+    """The norm of the last dimension, in float32 inside; weights of several heads are (H, E)."""
+    weight_F = weights.vector(f"{part}.weight") if norm.weight else None
+    bias_F = weights.vector(f"{part}.bias") if norm.bias else None
+    size = (x_TF.shape[-1],)
+    if norm.kind == "layer":
+        if weight_F is None or weight_F.dim() == 1:
+            return functional.layer_norm(x_TF, size, weight_F, bias_F, norm.eps)
+        return functional.layer_norm(x_TF, size, None, None, norm.eps).mul_(weight_F)
+    wide_TF = x_TF.float()
+    wide_TF = wide_TF * torch.rsqrt(wide_TF.square().mean(-1, keepdim=True) + norm.eps)
+    if weight_F is None:
+        return wide_TF.to(x_TF.dtype)
+    if norm.plus_one:
+        return wide_TF.mul_(weight_F.float() + 1).to(x_TF.dtype)
+    return wide_TF.to(x_TF.dtype).mul_(weight_F)
+
+
+def rotate_(x_THE: Tensor, cos_T1P: Tensor, sin_T1P: Tensor, interleaved: bool) -> None:
+    """Turn each pair of the first features by its token's angle, in place.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin); source: arXiv:2104.09864, section 3.2.
+    """
+    num_pairs = cos_T1P.shape[-1]
+    turning_THF = x_THE[..., : 2 * num_pairs]
+    if interleaved:
+        a_THP, b_THP = turning_THF[..., ::2], turning_THF[..., 1::2]
+    else:
+        a_THP, b_THP = turning_THF[..., :num_pairs], turning_THF[..., num_pairs:]
+    new_a_THP = a_THP * cos_T1P - b_THP * sin_T1P
+    new_b_THP = b_THP * cos_T1P + a_THP * sin_T1P
+    a_THP.copy_(new_a_THP)
+    b_THP.copy_(new_b_THP)
+
+
+def gated_mlp(
+    mlp: Mlp, weights: _Weights, x_TD: Tensor, prefix: str = "", suffix: str = ""
+) -> Tensor:
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate: (T, D).
+
+    prefix and suffix say whose parts they are.
+    """
+    products = weights.linears(x_TD, [f"{prefix}{part}{suffix}" for part in mlp.inputs])
+    if not mlp.gated:
+        h_TM = _activated_(products[0], mlp.activation)
+    else:
+        if mlp.fused == "no":
+            gate_TM, up_TM = products
+        elif mlp.fused == "halves":
+            gate_TM, up_TM = products[0].chunk(2, -1)
+        else:
+            gate_TM, up_TM = products[0][..., ::2], products[0][..., 1::2]
+        h_TM = _gated(gate_TM, up_TM, mlp.activation)
+    del products
+    return weights.linear(h_TM, f"{prefix}down{suffix}")
+
+
+CLAMP, STEEPNESS = 7.0, 1.702
+"""Of gpt-oss's gate: arXiv:2508.10925, and its config's swiglu_limit and swiglu_alpha."""
+
+
+def _gated(gate_TM: Tensor, up_TM: Tensor, activation: Activation) -> Tensor:
+    if activation == "clamped_silu":
+        gate_TM, up_TM = gate_TM.clamp(max=CLAMP), up_TM.clamp(-CLAMP, CLAMP)
+        return (up_TM + 1) * (gate_TM * torch.sigmoid(gate_TM * STEEPNESS))
+    return _activated_(gate_TM, activation).mul_(up_TM)
+
+
+def _activated_(x_TM: Tensor, activation: Activation) -> Tensor:
+    """The activation of x, in x's own memory where torch can."""
+    if activation == "relu":
+        return torch.relu_(x_TM)
+    if activation == "silu":
+        return functional.silu(x_TM, inplace=True)
+    return functional.gelu(x_TM, approximate="tanh" if activation == "gelu_tanh" else "none")
