@@ -11,6 +11,7 @@ from flexport.models.spec import (
     LatentAttention,
     Layer,
     ModelSpec,
+    TensorSpec,
     flops_per_token,
     is_projection,
     layer_tensors,
@@ -32,11 +33,23 @@ __all__ = ["Plan", "model_sizes"]
 
 def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> ModelSizes:
     """The planner's numbers of a model whose weights have so many bytes a value on disk."""
-    layer_bytes = []
+    layer_bytes, expert_bytes = [], []
+    one_expert_bytes = 0
     table_bytes = slack_bytes = 0
     for layer in range(spec.num_schedule_layers):
         own = owned_tensors(spec, layer)
         layer_bytes.append(sum(tensor.num_values for tensor in own) * file_item_bytes)
+        by_expert: dict[int, list[TensorSpec]] = {}
+        for tensor in own:
+            if tensor.expert is not None:
+                by_expert.setdefault(tensor.expert, []).append(tensor)
+        of_expert = [
+            sum(t.num_values for t in each) * file_item_bytes for each in by_expert.values()
+        ]
+        expert_bytes.append(sum(of_expert))
+        for size, each in zip(of_expert, by_expert.values(), strict=True):
+            # Each tensor may begin and end within a grain, on either of two tiers.
+            one_expert_bytes = max(one_expert_bytes, size + 4 * GRAIN_BYTES * (len(each) + 1))
         tables = sum(tensor.num_values for tensor in own if tensor.kind == "table")
         table_bytes += tables * file_item_bytes
         widest = max((tensor.num_values // tensor.shape[0] for tensor in own), default=0)
@@ -50,6 +63,16 @@ def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> Model
         layer_bytes=tuple(layer_bytes),
         layer_slack_bytes=slack_bytes,
         table_bytes=table_bytes,
+        expert_bytes=tuple(expert_bytes),
+        one_expert_bytes=one_expert_bytes,
+        experts_picked=max(
+            (
+                layer.mlp.top_k / layer.mlp.num_experts
+                for layer in spec.layers
+                if isinstance(layer.mlp, Experts)
+            ),
+            default=0.0,
+        ),
         decoded_ratio=item_bytes / file_item_bytes,
         caches=_caches(spec, item_bytes),
         hidden_token_bytes=spec.hidden_size * item_bytes,

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from flexport.backend import Backend, PacksWeights
+from flexport.engine.experts import ExpertStream, ExpertWindow, Moving, will_pick_nearly_all
 from flexport.engine.host_compute import HostCompute
 from flexport.engine.transfer import to_device
-from flexport.models.spec import ModelSpec, TensorSpec, is_projection, owned_tensors
-from flexport.planner.footprint import layer_splits
+from flexport.models.spec import Experts, ModelSpec, TensorSpec, is_projection, owned_tensors
+from flexport.planner.footprint import expert_window_bytes, layer_splits
 from flexport.policy import Split, Tier
 from flexport.records import FileTensor
 from flexport.store.place import Dealer
@@ -179,6 +180,13 @@ class _Bundle:
         ]
 
 
+_Stream = tuple[_Bundle, Kept]
+"""What streams together, and where it is at home."""
+
+_Parts = dict[str, list[tuple[int, Tensor]]]
+"""By slot, tensors on the device, each with the first row that it has of the whole."""
+
+
 class ModelWeights:
     """All layers' weights; open for as long as the run."""
 
@@ -200,12 +208,15 @@ class ModelWeights:
         self._resident: list[dict[str, list[tuple[int, Tensor]]]] = [
             defaultdict(list) for _ in layers
         ]
-        self._streams: list[list[tuple[_Bundle, Kept]]] = [[] for _ in layers]
+        self._streams: list[list[_Stream]] = [[] for _ in layers]
         self.transposed = frozenset(
             shard.tensor.slot for shards in layers for shard in shards if shard.tensor.transposed
         )
         """Slots of matrices that lie as (features in, features out), in whatever layer."""
-        self._projections: list[list[tuple[_Bundle, Kept]]] = [[] for _ in layers]
+        self._experts: list[dict[int, list[_Stream]]] = [defaultdict(list) for _ in layers]
+        """What streams of each expert."""
+        self._window: ExpertWindow | None = None
+        self._projections: list[list[_Stream]] = [[] for _ in layers]
         """Bundles that stay on the host while the CPU multiplies with them."""
         self._on_host: dict[Shard, Tensor] = {}
         for shards in layers:
@@ -213,25 +224,36 @@ class ModelWeights:
                 store.placed_bytes["weights", shard.tier] += shard.run.num_bytes
 
     def load(self) -> None:
-        """Read what is resident. Needs staging for one layer more than stays."""
+        """Read what is resident. Needs staging for one layer (or expert) more than stays."""
         for layer, shards in enumerate(self._shards):
-            self._store.label = f"layer {layer}"
-            self._load_layer(layer, shards)
+            by_expert: dict[int | None, list[Shard]] = defaultdict(list)
+            for shard in shards:
+                by_expert[shard.tensor.expert].append(shard)
+            for expert, own in by_expert.items():
+                self._store.label = f"layer {layer}"
+                self._load_shards(layer, expert, own)
+        moving = [[self.moving(own) for own in of_layer.values()] for of_layer in self._experts]
+        if any(moving):
+            num_bytes = (
+                expert_window_bytes([[each.device_bytes for each in own] for own in moving]),
+                expert_window_bytes([[each.host_bytes for each in own] for own in moving]),
+            )
+            decoded = max(each.decoded_bytes for own in moving for each in own)
+            self._window = ExpertWindow(self._store, num_bytes, decoded)
 
     def staging_bytes(self, layer: int, *, on_host: bool = False) -> tuple[int, int]:
         """Device and host bytes that fetching the layer takes, decoded copies included.
 
-        With `on_host`, the CPU multiplies with what it can.
+        Experts are not in it: they have memory of their own. With `on_host`, the CPU multiplies with what it can.
         """
-        device_bytes, host_bytes = 0, 0
-        for bundle, kept in self._streamed(layer, on_host):
-            for_device, for_host = self._store.staging_bytes(kept)
-            device_bytes += for_device + decoded_bytes(bundle.shards, self._dtype)
-            host_bytes += for_host
-        return device_bytes, host_bytes
+        moving = self.moving(self._streamed(layer, on_host))
+        return moving.device_bytes + moving.decoded_bytes, moving.host_bytes
 
-    def fetch(self, layer: int, host: HostCompute | None = None) -> LayerLease:
-        """Start streaming a layer; given a CPU, without what that multiplies with."""
+    def fetch(self, layer: int, host: HostCompute | None = None, num_tokens: int = 1) -> LayerLease:
+        """Start streaming a layer; given a CPU, without what that multiplies with.
+
+        Experts start early if the first visit's num_tokens tokens will pick nearly all of them.
+        """
         leases = [
             (bundle, kept, self._store.fetch(kept))
             for bundle, kept in self._streamed(layer, host is not None)
@@ -240,11 +262,17 @@ class ModelWeights:
         for bundle, _ in self._projections[layer] if host is not None else ():
             for shard in bundle.shards:
                 on_host[shard.tensor.slot].append((shard.begin, self._on_host[shard]))
-        return LayerLease(
+        lease = LayerLease(
             self, self._store, self._resident[layer], leases, self._dtype, host, on_host
         )
+        if self._window is not None and self._experts[layer]:
+            lease.stream_experts(self._experts[layer], self._window)
+            experts = self.spec.layers[layer - 1].mlp
+            if isinstance(experts, Experts) and will_pick_nearly_all(experts, num_tokens):
+                lease.begin_experts()
+        return lease
 
-    def _streamed(self, layer: int, on_host: bool) -> list[tuple[_Bundle, Kept]]:
+    def _streamed(self, layer: int, on_host: bool) -> list[_Stream]:
         return [*self._streams[layer], *([] if on_host else self._projections[layer])]
 
     def rows(self, slot: str, ids_T: Tensor) -> Tensor:
@@ -272,7 +300,17 @@ class ModelWeights:
             values_RF = raw_RB.view(torch_dtype(shard.file.dtype))
         return to_device(self._backend, values_RF.to(self._dtype))
 
-    def _load_layer(self, layer: int, shards: Sequence[Shard]) -> None:
+    def moving(self, streams: Sequence[_Stream]) -> Moving:
+        """How some bundles stream."""
+        staging = [self._store.staging_bytes(kept) for _, kept in streams]
+        return Moving(
+            device_bytes=sum(for_device for for_device, _ in staging),
+            host_bytes=sum(for_host for _, for_host in staging),
+            decoded_bytes=sum(decoded_bytes(bundle.shards, self._dtype) for bundle, _ in streams),
+            start=lambda: [self._store.fetch(kept) for _, kept in streams],
+        )
+
+    def _load_shards(self, layer: int, expert: int | None, shards: Sequence[Shard]) -> None:
         near = {Tier.DEVICE, Tier.HOST} if self._store.unified else {Tier.DEVICE}
         stays = [shard for shard in shards if shard.tier in near]
         if stays:
@@ -286,8 +324,9 @@ class ModelWeights:
             ]
             streams = [shard for shard in streams if shard not in projections]
             keep = self._keep_on_host if tier is Tier.HOST else self._keep_in_files
+            own = self._streams[layer] if expert is None else self._experts[layer][expert]
             for shards_of, bundles in (
-                (streams, self._streams[layer]),
+                (streams, own),
                 (projections, self._projections[layer]),
             ):
                 if shards_of:
@@ -386,26 +425,20 @@ class LayerLease:
         self._leases = leases
         self._dtype = dtype
         self._decoded: list[Buffer] = []
-        self._parts: dict[str, list[tuple[int, Tensor]]] | None = None
+        self._parts: _Parts | None = None
         """Parts of each tensor on the device, each with its first row, in their order."""
+        self._stream: ExpertStream | None = None
+        self._expert_streams: Mapping[int, Sequence[_Stream]] = {}
+        self.stays = False
+        """Whether another visit of the sweep will come."""
 
     def wait(self) -> None:
         """Order what is computed from now on after the streams, and decode what they brought."""
         if self._parts is not None:
             return
-        parts: dict[str, list[tuple[int, Tensor]]] = {
-            slot: list(tensors) for slot, tensors in self._resident.items()
-        }
-        for bundle, kept, lease in self._leases:
-            lease.ticket.wait()
-            for shard, view in bundle.views(lease.bytes_B, kept):
-                values = self._decode(view)
-                if shard.tensor.transposed:
-                    values = values.T
-                parts.setdefault(shard.tensor.slot, []).append((shard.begin, values))
-        self._parts = {
-            slot: sorted(tensors, key=lambda part: part[0]) for slot, tensors in parts.items()
-        }
+        parts = {slot: list(tensors) for slot, tensors in self._resident.items()}
+        self._arrive(parts, self._leases, self._decoded)
+        self._parts = parts
 
     join = wait
 
@@ -465,8 +498,63 @@ class LayerLease:
         return self._whole(f"{part}.weight")
 
     def experts(self, picked: Sequence[int]) -> Iterator[int]:
-        """The experts of `picked`, each when its parts can be used."""
-        yield from picked
+        """The experts of `picked`, each when its parts can be used, until the next is asked for."""
+        if self._stream is None:
+            yield from picked
+            return
+        window = self._stream.window
+        arrivals = self._stream.arrivals(picked, stay=self.stays)
+        for expert, leases in zip(picked, arrivals, strict=True):
+            streams = self._expert_streams.get(expert, ())
+            came = [(*stream, lease) for stream, lease in zip(streams, leases, strict=True)]
+            slots = {shard.tensor.slot for bundle, _, _ in came for shard in bundle.shards}
+            decoded_bytes = self._model.moving(streams).decoded_bytes
+            window.decoded.draw(decoded_bytes)
+            before = {slot: self._all().get(slot) for slot in slots}
+            decoded: list[Buffer] = []
+            try:
+                self._arrive(self._all(), came, decoded)
+                yield expert
+            finally:
+                self._give_back(decoded)
+                window.decoded.add(decoded_bytes)
+            for slot, parts in before.items():
+                if parts is None:
+                    del self._all()[slot]
+                else:
+                    self._all()[slot] = parts
+
+    def stream_experts(
+        self, streams: Mapping[int, Sequence[_Stream]], window: ExpertWindow
+    ) -> None:
+        """Some experts, or parts of them, come through the window."""
+        self._expert_streams = streams
+        self._stream = ExpertStream(
+            window,
+            {expert: self._model.moving(own) for expert, own in streams.items()},
+        )
+
+    def begin_experts(self) -> None:
+        """Let them come before they are picked."""
+        assert self._stream is not None, "no expert streams"
+        self._stream.begin()
+
+    def _arrive(
+        self,
+        parts: _Parts,
+        came: Sequence[tuple[_Bundle, Kept, Lease]],
+        decoded: list[Buffer],
+    ) -> None:
+        """Add to `parts` what has come, decoded; order what is computed from now on after it."""
+        for bundle, kept, lease in came:
+            lease.ticket.wait()
+            for shard, view in bundle.views(lease.bytes_B, kept):
+                values = self._decode(view, decoded)
+                if shard.tensor.transposed:
+                    values = values.T
+                slot = shard.tensor.slot
+                own = [*parts.get(slot, ()), (shard.begin, values)]
+                parts[slot] = sorted(own, key=lambda part: part[0])
 
     def _whole(self, slot: str) -> Tensor:
         parts = self._all()[slot]
@@ -482,9 +570,10 @@ class LayerLease:
     def release(self) -> None:
         """The sweep has left this layer."""
         self._parts = None
-        for buffer in self._decoded:
-            self._store.device.give_back(buffer)
-        self._decoded = []
+        self._give_back(self._decoded)
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
         for _, _, lease in self._leases:
             lease.release()
         self._leases = ()
@@ -493,11 +582,16 @@ class LayerLease:
         assert self._parts is not None, "the weights were not waited for"
         return self._parts
 
-    def _decode(self, view: Tensor) -> Tensor:
+    def _give_back(self, decoded: list[Buffer]) -> None:
+        for buffer in decoded:
+            self._store.device.give_back(buffer)
+        decoded.clear()
+
+    def _decode(self, view: Tensor, decoded: list[Buffer]) -> Tensor:
         if view.dtype == self._dtype:
             return view
         buffer = self._store.device.take(view.numel() * self._dtype.itemsize)
-        self._decoded.append(buffer)
+        decoded.append(buffer)
         return as_tensor(buffer.bytes_B, 0, view.shape, self._dtype).copy_(view)
 
 

@@ -17,6 +17,7 @@ MODEL = model_sizes(spec_of(known_config("facebook/opt-125m") or {}), 2, 2)
 TINY = replace(
     MODEL,
     layer_bytes=(9000, 7000, 7000, 9000),
+    expert_bytes=(0, 0, 0, 0),
     caches=(LayerCaches(num_layers=2, plane_token_bytes=128),),
     hidden_token_bytes=128,
 )
