@@ -117,7 +117,7 @@ def _dummy(model: str | None) -> Source:
     if config is None:
         raise CheckpointError(
             f"--load-format dummy knows no shapes of {model!r}: it is no directory with a "
-            f"config.json, and not one of {', '.join(known_names())}"
+            f"config.json, and not one of the {len(known_names())} models that `flexport models` lists"
         )
     return Source(name=model, spec=spec_of(config), files=None, directory=None)
 

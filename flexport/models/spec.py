@@ -33,6 +33,7 @@ __all__ = [
     "Norms",
     "TensorSpec",
     "attention_flops",
+    "distinct_layers",
     "expert_slot",
     "flops_per_token",
     "is_projection",
@@ -401,6 +402,16 @@ def is_projection(tensor: TensorSpec) -> bool:
 _FIRST_PARTS = ("q", "k", "v", "qkv", "q_down", "kv_down")
 
 
+def distinct_layers(spec: ModelSpec) -> dict[int, int]:
+    """Of decoder layers that are alike, the first one of the schedule and how many they are."""
+    first_of: dict[Layer, int] = {}
+    counts: dict[int, int] = {}
+    for index, layer in enumerate(spec.layers, start=1):
+        first = first_of.setdefault(layer, index)
+        counts[first] = counts.get(first, 0) + 1
+    return counts
+
+
 def expert_slot(part: str, expert: int) -> str:
     """The name of one expert's part, as slots have it."""
     return f"{part}@{expert}"
@@ -623,13 +634,16 @@ def attention_flops(spec: ModelSpec, layer: int, num_keys: int) -> int:
 
 def flops_per_token(spec: ModelSpec, num_keys: int = 0) -> int:
     """All multiplications and additions of one token that sees `num_keys` keys, head included."""
-    products = sum(layer_flops(spec, layer) for layer in range(spec.num_schedule_layers))
-    return products + sum(
-        attention_flops(spec, layer, num_keys) for layer in range(spec.num_layers)
+    ends = layer_flops(spec, 0) + layer_flops(spec, spec.head_layer)
+    return ends + sum(
+        count * (layer_flops(spec, layer) + attention_flops(spec, layer - 1, num_keys))
+        for layer, count in distinct_layers(spec).items()
     )
 
 
 def num_parameters(spec: ModelSpec) -> int:
     """Distinct values of the model; a tied head's table counts once."""
-    total = sum(layer_bytes(spec, layer, 1) for layer in range(spec.num_schedule_layers))
+    total = layer_bytes(spec, 0, 1) + layer_bytes(spec, spec.head_layer, 1)
+    for layer, count in distinct_layers(spec).items():
+        total += count * layer_bytes(spec, layer, 1)
     return total - spec.vocab_size * spec.embed_size if spec.tied_head else total
