@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flexport.models.spec import Activation, Mlp, Norm
+from flexport.models.spec import Activation, ClampedSilu, Mlp, Norm
 
 __all__ = ["apply_norm", "gated_mlp", "rotate_"]
 
@@ -83,19 +83,17 @@ def gated_mlp(
     return weights.linear(h_TM, f"{prefix}down{suffix}")
 
 
-CLAMP, STEEPNESS = 7.0, 1.702
-"""Of gpt-oss's gate: arXiv:2508.10925, and its config's swiglu_limit and swiglu_alpha."""
-
-
-def _gated(gate_TM: Tensor, up_TM: Tensor, activation: Activation) -> Tensor:
-    if activation == "clamped_silu":
-        gate_TM, up_TM = gate_TM.clamp(max=CLAMP), up_TM.clamp(-CLAMP, CLAMP)
-        return (up_TM + 1) * (gate_TM * torch.sigmoid(gate_TM * STEEPNESS))
+def _gated(gate_TM: Tensor, up_TM: Tensor, activation: Activation | ClampedSilu) -> Tensor:
+    if isinstance(activation, ClampedSilu):
+        limit = activation.limit
+        gate_TM, up_TM = gate_TM.clamp(max=limit), up_TM.clamp(-limit, limit)
+        return (up_TM + 1) * (gate_TM * torch.sigmoid(gate_TM * activation.steepness))
     return _activated_(gate_TM, activation).mul_(up_TM)
 
 
-def _activated_(x_TM: Tensor, activation: Activation) -> Tensor:
+def _activated_(x_TM: Tensor, activation: Activation | ClampedSilu) -> Tensor:
     """The activation of x, in x's own memory where torch can."""
+    assert not isinstance(activation, ClampedSilu), "clamped, and without a gate"
     if activation == "relu":
         return torch.relu_(x_TM)
     if activation == "silu":

@@ -21,6 +21,7 @@ from flexport.models.rope import Rope
 __all__ = [
     "Activation",
     "Attention",
+    "ClampedSilu",
     "Experts",
     "Fused",
     "HeadNorm",
@@ -45,9 +46,8 @@ __all__ = [
     "owned_tensors",
 ]
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "clamped_silu"]
-"""relu; gelu with the exact erf; gelu with the tanh approximation; x * sigmoid(x); gpt-oss's
-gate, which clamps both of its inputs and adds 1 to the one that it multiplies."""
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+"""relu; gelu with the exact erf; gelu with the tanh approximation; x * sigmoid(x)."""
 
 Kind = Literal["matrix", "operand", "table", "norm", "bias"]
 """A matrix is what x is multiplied with, an operand one that other products need as it is; a table is
@@ -107,7 +107,7 @@ class Attention:
     head_norm: HeadNorm | None = None
     norm_after_rope: bool = False
     clip: float | None = None
-    """Projections are clipped to -clip .. clip."""
+    """Queries, keys and values are clipped to -clip .. clip before they turn."""
     window: int | None = None
     """Tokens that a query sees, itself included."""
     soft_cap: float | None = None
@@ -207,11 +207,23 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClampedSilu:
+    """gpt-oss's gate: (up + 1) * gate * sigmoid(steepness * gate), gate and up clamped first.
+
+    The gate is at most `limit`, up is within -limit .. limit.
+    """
+
+    limit: float
+    steepness: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:
     """Two or three matrices and an activation: down(act(gate(x)) * up(x)), or down(act(up(x)))."""
 
     size: int
-    activation: Activation
+    activation: Activation | ClampedSilu
+    """Only a gated one can be clamped."""
     gated: bool = False
     fused: Literal["no", "halves", "pairs"] = "no"
     """Gate and up are one matrix: its first and its second half, or its even and its odd rows."""
@@ -521,7 +533,9 @@ def _mlp(
 
 def _experts(spec: ModelSpec, experts: Experts, own: _Names) -> Iterator[TensorSpec]:
     num_experts = experts.num_experts
-    yield from own.linear("router", (num_experts, spec.hidden_size), experts.router_bias)
+    yield own.weight("router", (num_experts, spec.hidden_size), "operand")
+    if experts.router_bias:
+        yield own.tensor("router.bias", (num_experts,), "bias")
     if experts.correction:
         yield own.tensor("router.correction", (num_experts,), "bias")
     if experts.shared is not None:
