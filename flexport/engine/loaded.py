@@ -21,8 +21,9 @@ from flexport.engine.plan import Plan
 from flexport.engine.report import report
 from flexport.engine.rows import Done, Row
 from flexport.engine.scoring import Score, Scoring
+from flexport.engine.shards import place_weights
 from flexport.engine.source import Source
-from flexport.engine.weights import ModelWeights, place_weights
+from flexport.engine.weights import ModelWeights
 from flexport.engine.work import JobWork, Purpose
 from flexport.errors import OutOfMemory
 from flexport.intake.pack import pack
@@ -72,7 +73,7 @@ class Loaded:
                     files = source.make_up(self.store.open_run_directory(), plan.dtype, seed)
                 layers = place_weights(
                     self._spec,
-                    files,
+                    lambda tensor: source.stored(tensor, files),
                     plan.policy.weights,
                     projections_on_host=plan.policy.cpu_projections,
                 )

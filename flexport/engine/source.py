@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flexport.checkpoint.directory import open_checkpoint, read_object, require, unexpected
+from flexport.checkpoint.directory import Wanted, open_checkpoint, read_object, require, unexpected
 from flexport.demo import MODEL_DIR
+from flexport.engine.stored import PLAIN, Packing, Stored, TensorSize, find, read_packing
 from flexport.errors import CheckpointError, UnsupportedModel
 from flexport.models import ModelSpec, known_config, known_names, spec_of
 from flexport.models.spec import Layer, TensorSpec, layer_tensors, owned_tensors
 from flexport.records import FileTensor
+from flexport.units import VALUE_BYTES
 
 __all__ = ["Source", "open_source"]
 
@@ -30,15 +32,36 @@ class Source:
     """Where each tensor lies; None if the weights have to be made up first."""
     directory: Path | None
     """Where the tokenizer is."""
+    packing: Packing = PLAIN
+    """How the checkpoint packs its matrices, if it does."""
+
+    def stored(self, tensor: TensorSpec, files: Mapping[str, FileTensor]) -> Stored:
+        """How `files`, its own or made up ones, store a tensor."""
+        return find(tensor, files, self.packing).placed(files)
+
+    def size(self, tensor: TensorSpec, dtype: str) -> TensorSize:
+        """What a tensor takes where, if `dtype` is computed in."""
+        decoded_bytes = tensor.num_values * VALUE_BYTES[dtype]
+        if self.files is None:
+            return TensorSize(disk_bytes=decoded_bytes, near_bytes=decoded_bytes)
+        stored = self.stored(tensor, self.files)
+        if stored.is_packed:
+            return TensorSize(
+                disk_bytes=stored.num_bytes,
+                near_bytes=stored.num_bytes,
+                scratch_bytes=decoded_bytes,
+            )
+        return TensorSize(disk_bytes=stored.num_bytes, near_bytes=decoded_bytes)
 
     @property
     def file_dtype(self) -> str | None:
-        """The dtype of most of the weights, by bytes."""
+        """The dtype of most of the plain weights, by bytes."""
         if self.files is None:
             return None
         sizes: dict[str, int] = {}
         for file in self.files.values():
-            sizes[file.dtype] = sizes.get(file.dtype, 0) + file.num_bytes
+            if file.dtype in VALUE_BYTES:
+                sizes[file.dtype] = sizes.get(file.dtype, 0) + file.num_bytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def make_up(self, directory: Path, dtype: str, seed: int) -> dict[str, FileTensor]:
@@ -87,13 +110,15 @@ def open_source(
         return _dummy(model)
     checkpoint = open_checkpoint(str(MODEL_DIR) if model is None else model, revision)
     spec = spec_of(checkpoint.config, checkpoint.generation_config)
-    names: dict[str, tuple[int, ...]] = {}
+    packing = read_packing(checkpoint.config)
+    wanted: dict[str, Wanted] = {}
     for layer in range(spec.num_schedule_layers):
         for tensor in owned_tensors(spec, layer):
-            found = [name for name in tensor.names if name in checkpoint.tensors]
-            names[(found or tensor.names)[0]] = tensor.file_shape
-    files = require(checkpoint, names)
-    extra = [name for name in unexpected(checkpoint, names) if not name.endswith(IGNORED_SUFFIXES)]
+            for part in find(tensor, checkpoint.tensors, packing).parts:
+                slices = () if tensor.slice_of is None else tensor.slice_of[1:]
+                wanted[part.name] = Wanted(shape=(*slices, *part.shape), dtypes=part.dtypes)
+    files = require(checkpoint, wanted)
+    extra = [name for name in unexpected(checkpoint, wanted) if not name.endswith(IGNORED_SUFFIXES)]
     if extra:
         raise UnsupportedModel(
             f"{checkpoint.name} has {len(extra)} tensors that its family {spec.family!r} has no "
@@ -103,6 +128,7 @@ def open_source(
         name="flexport-demo" if model is None else checkpoint.name,
         spec=spec,
         files=files,
+        packing=packing,
         directory=checkpoint.directory,
     )
 

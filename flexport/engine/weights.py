@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,163 +23,18 @@ from torch import Tensor
 from flexport.backend import Backend, PacksWeights
 from flexport.engine.experts import ExpertStream, ExpertWindow, Moving, will_pick_nearly_all
 from flexport.engine.host_compute import HostCompute
+from flexport.engine.shards import Bundle, Shard, decode
 from flexport.engine.transfer import to_device
-from flexport.models.spec import Experts, ModelSpec, TensorSpec, is_projection, owned_tensors
-from flexport.planner.footprint import expert_window_bytes, layer_splits
-from flexport.policy import Split, Tier
-from flexport.records import FileTensor
-from flexport.store.place import Dealer
+from flexport.models.spec import Experts, ModelSpec, is_projection
+from flexport.planner.footprint import expert_window_bytes
+from flexport.policy import Tier
 from flexport.store.pool import Buffer, Pool
-from flexport.store.store import FileRun, Kept, Lease, Store
+from flexport.store.store import Kept, Lease, Store
 from flexport.torch_ops import as_tensor, torch_dtype
 
-__all__ = ["LayerLease", "ModelWeights", "Shard", "place_weights"]
+__all__ = ["LayerLease", "ModelWeights"]
 
-MERGE_BYTES = 8 << 10
-"""Ranges of a file closer than this are read as one. Reading them apart would take as much memory,
-each end being rounded to an aligned place."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """Some rows of one tensor, at home on one tier."""
-
-    tensor: TensorSpec
-    file: FileTensor
-    begin: int
-    end: int
-    tier: Tier
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of these rows."""
-        return (self.end - self.begin, *self.tensor.shape[1:])
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row, as it lies in the file."""
-        return self.file.num_bytes // self.tensor.shape[0]
-
-    @property
-    def run(self) -> FileRun:
-        """Where its bytes lie."""
-        return FileRun(
-            path=self.file.path,
-            offset_bytes=self.file.offset_bytes + self.begin * self.row_bytes,
-            num_bytes=(self.end - self.begin) * self.row_bytes,
-        )
-
-
-def place_weights(
-    spec: ModelSpec,
-    files: Mapping[str, FileTensor],
-    split: Split,
-    *,
-    projections_on_host: bool = False,
-) -> list[list[Shard]]:
-    """The shards of each layer of the schedule, by the weight split.
-
-    With projections_on_host, what is on the host of a layer is first of all what the CPU can
-    multiply with.
-    """
-    found_layers = [
-        [
-            (tensor, _part_of(next(files[name] for name in tensor.names if name in files), tensor))
-            for tensor in tensors
-        ]
-        for tensors in (owned_tensors(spec, layer) for layer in range(spec.num_schedule_layers))
-    ]
-    sizes = [sum(file.num_bytes for _, file in found) for found in found_layers]
-    dealers: dict[Split, Dealer] = {}
-    layers = []
-    for found, own in zip(found_layers, layer_splits(sizes, split), strict=True):
-        dealer = dealers.setdefault(own, Dealer(own))
-        # Vectors first: they are the last that should stream, being used by every visit.
-        ordered = sorted(found, key=lambda pair: pair[0].kind not in ("norm", "bias"))
-        if projections_on_host:
-            ordered = _with_projections_after(ordered, own.device)
-        parts = dealer.cut([(f.shape[0], f.num_bytes // f.shape[0]) for _, f in ordered])
-        layers.append(
-            [
-                Shard(
-                    tensor=ordered[part.index][0],
-                    file=ordered[part.index][1],
-                    begin=part.begin,
-                    end=part.end,
-                    tier=part.tier,
-                )
-                for part in parts
-            ]
-        )
-    return layers
-
-
-def _with_projections_after(
-    ordered: Sequence[tuple[TensorSpec, FileTensor]], share: float
-) -> list[tuple[TensorSpec, FileTensor]]:
-    """The same, with query, key and value matrices right after the first `share` of the bytes."""
-    others = [pair for pair in ordered if not is_projection(pair[0])]
-    projections = [pair for pair in ordered if is_projection(pair[0])]
-    before_bytes = share * sum(file.num_bytes for _, file in ordered)
-    at = 0
-    while at < len(others) and before_bytes > 0:
-        before_bytes -= others[at][1].num_bytes
-        at += 1
-    return [*others[:at], *projections, *others[at:]]
-
-
-def _part_of(file: FileTensor, tensor: TensorSpec) -> FileTensor:
-    """The bytes of a tensor that is a slice of the file's."""
-    if tensor.slice_of is None:
-        return file
-    index, num_slices = tensor.slice_of
-    num_bytes = file.num_bytes // num_slices
-    return replace(
-        file,
-        offset_bytes=file.offset_bytes + index * num_bytes,
-        num_bytes=num_bytes,
-        shape=tensor.shape,
-    )
-
-
-class _Bundle:
-    """Shards of one layer that stream together, and where each lies in their bytes."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = sorted(shards, key=lambda s: (str(s.run.path), s.run.offset_bytes))
-        runs: list[FileRun] = []
-        self._places: list[tuple[int, int]] = []
-        for shard in self.shards:
-            run = shard.run
-            end = run.offset_bytes + run.num_bytes
-            if runs and runs[-1].path == run.path:
-                gap_bytes = run.offset_bytes - (runs[-1].offset_bytes + runs[-1].num_bytes)
-                if gap_bytes <= MERGE_BYTES:
-                    start = runs[-1].offset_bytes
-                    runs[-1] = FileRun(path=run.path, offset_bytes=start, num_bytes=end - start)
-                    self._places.append((len(runs) - 1, run.offset_bytes - start))
-                    continue
-            runs.append(run)
-            self._places.append((len(runs) - 1, 0))
-        self.runs = tuple(runs)
-
-    def views(self, bytes_B: Tensor, kept: Kept) -> list[tuple[Shard, Tensor]]:
-        """Each shard's values in the bundle's bytes, in the dtype of the file."""
-        return [
-            (
-                shard,
-                as_tensor(
-                    bytes_B,
-                    kept.starts_bytes[run] + offset_bytes,
-                    shard.shape,
-                    torch_dtype(shard.file.dtype),
-                ),
-            )
-            for shard, (run, offset_bytes) in zip(self.shards, self._places, strict=True)
-        ]
-
-
-_Stream = tuple[_Bundle, Kept]
+_Stream = tuple[Bundle, Kept]
 """What streams together, and where it is at home."""
 
 _Parts = dict[str, list[tuple[int, Tensor]]]
@@ -210,7 +64,7 @@ class ModelWeights:
         ]
         self._streams: list[list[_Stream]] = [[] for _ in layers]
         self.transposed = frozenset(
-            shard.tensor.slot for shards in layers for shard in shards if shard.tensor.transposed
+            shard.slot for shards in layers for shard in shards if shard.stored.transposed
         )
         """Slots of matrices that lie as (features in, features out), in whatever layer."""
         self._experts: list[dict[int, list[_Stream]]] = [defaultdict(list) for _ in layers]
@@ -221,7 +75,7 @@ class ModelWeights:
         self._on_host: dict[Shard, Tensor] = {}
         for shards in layers:
             for shard in shards:
-                store.placed_bytes["weights", shard.tier] += shard.run.num_bytes
+                store.placed_bytes["weights", shard.tier] += shard.num_bytes
 
     def load(self) -> None:
         """Read what is resident. Needs staging for one layer (or expert) more than stays."""
@@ -261,7 +115,7 @@ class ModelWeights:
         on_host: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         for bundle, _ in self._projections[layer] if host is not None else ():
             for shard in bundle.shards:
-                on_host[shard.tensor.slot].append((shard.begin, self._on_host[shard]))
+                on_host[shard.slot].append((shard.begin, self._on_host[shard]))
         lease = LayerLease(
             self, self._store, self._resident[layer], leases, self._dtype, host, on_host
         )
@@ -278,7 +132,7 @@ class ModelWeights:
     def rows(self, slot: str, ids_T: Tensor) -> Tensor:
         """Rows of a table, (T, F) on the device; `ids_T` is int64 in host memory."""
         layer = self.spec.head_layer if slot == "head.weight" else 0
-        shards = [shard for shard in self._shards[layer] if shard.tensor.slot == slot]
+        shards = [shard for shard in self._shards[layer] if shard.slot == slot]
         resident = dict(self._resident[layer].get(slot, []))
         if len(shards) == 1 and 0 in resident:
             return resident[0][to_device(self._backend, ids_T)]
@@ -296,8 +150,9 @@ class ModelWeights:
         if shard in self._on_host:
             values_RF = self._on_host[shard][rows_R]
         else:
-            raw_RB = self._store.read_rows(shard.run, shard.row_bytes, rows_R.tolist())
-            values_RF = raw_RB.view(torch_dtype(shard.file.dtype))
+            (run,) = shard.runs
+            raw_RB = self._store.read_rows(run, shard.row_bytes, rows_R.tolist())
+            values_RF = raw_RB.view(_dtype_of(shard))
         return to_device(self._backend, values_RF.to(self._dtype))
 
     def moving(self, streams: Sequence[_Stream]) -> Moving:
@@ -312,9 +167,14 @@ class ModelWeights:
 
     def _load_shards(self, layer: int, expert: int | None, shards: Sequence[Shard]) -> None:
         near = {Tier.DEVICE, Tier.HOST} if self._store.unified else {Tier.DEVICE}
-        stays = [shard for shard in shards if shard.tier in near]
+        stays = [shard for shard in shards if shard.tier in near and not shard.stored.is_packed]
         if stays:
             self._make_resident(layer, stays)
+        own = self._streams[layer] if expert is None else self._experts[layer][expert]
+        packed = [shard for shard in shards if shard.tier in near and shard.stored.is_packed]
+        if packed:
+            bundle = Bundle(packed)
+            own.append((bundle, self._keep_on_device(bundle)))
         for tier in (Tier.HOST, Tier.DISK):
             away = [shard for shard in shards if shard.tier is tier and tier not in near]
             streams = [shard for shard in away if shard.tensor.kind != "table"]
@@ -324,34 +184,34 @@ class ModelWeights:
             ]
             streams = [shard for shard in streams if shard not in projections]
             keep = self._keep_on_host if tier is Tier.HOST else self._keep_in_files
-            own = self._streams[layer] if expert is None else self._experts[layer][expert]
             for shards_of, bundles in (
                 (streams, own),
                 (projections, self._projections[layer]),
             ):
                 if shards_of:
-                    bundle = _Bundle(shards_of)
+                    bundle = Bundle(shards_of)
                     bundles.append((bundle, keep(bundle)))
             if tables and tier is Tier.HOST:
-                self._keep_on_host(_Bundle(tables))
+                self._keep_on_host(Bundle(tables))
 
     def _is_projection(self, shard: Shard) -> bool:
         """Whether the CPU may multiply with the shard, as it lies."""
         return (
             self._cpu_projections
             and is_projection(shard.tensor)
-            and torch_dtype(shard.file.dtype) == self._dtype
+            and not shard.stored.is_packed
+            and _dtype_of(shard) == self._dtype
         )
 
     def _make_resident(self, layer: int, shards: Sequence[Shard]) -> None:
-        bundle = _Bundle(shards)
+        bundle = Bundle(shards)
         on_disk = self._store.keep_file("weights", bundle.runs)
         lease = self._store.fetch(on_disk)
         try:
             lease.ticket.wait()
-            for shard, view in bundle.views(lease.bytes_B, on_disk):
-                tensor = self._resident_tensor(shard, view)
-                self._resident[layer][shard.tensor.slot].append((shard.begin, tensor))
+            for shard, parts in bundle.views(lease.bytes_B, on_disk):
+                tensor = self._resident_tensor(shard, parts[0])
+                self._resident[layer][shard.slot].append((shard.begin, tensor))
             self._backend.sync()
         finally:
             lease.release()
@@ -361,9 +221,9 @@ class ModelWeights:
         buffer = pool.take(view.numel() * self._dtype.itemsize)
         plain = as_tensor(buffer.bytes_B, 0, shard.shape, self._dtype).copy_(view)
         # A tied head is a table too, and a packed weight can't be read by rows.
-        is_table = self.spec.tied_head and shard.tensor.slot == "head.weight"
+        is_table = self.spec.tied_head and shard.slot == "head.weight"
         is_matrix = shard.tensor.kind == "matrix" and not is_table
-        if shard.tensor.transposed:
+        if shard.stored.transposed:
             plain = plain.T
         if not is_matrix or not isinstance(self._backend, PacksWeights):
             return plain
@@ -373,10 +233,29 @@ class ModelWeights:
             pool.reserve(buffer.num_bytes)
         return packed
 
-    def _keep_in_files(self, bundle: _Bundle) -> Kept:
+    def _keep_on_device(self, bundle: Bundle) -> Kept:
+        """Read a packed bundle into device memory, where it stays as it lies on disk."""
+        on_disk = self._store.keep_file("weights", bundle.runs)
+        buffer = self._store.device.take(on_disk.num_bytes)
+        lease = self._store.fetch(on_disk)
+        try:
+            lease.ticket.wait()
+            buffer.bytes_B[: on_disk.num_bytes].copy_(lease.bytes_B)
+            self._backend.sync()
+        finally:
+            lease.release()
+        return Kept(
+            kind="weights",
+            num_bytes=on_disk.num_bytes,
+            home=Tier.DEVICE,
+            buffer=buffer,
+            starts_bytes=on_disk.starts_bytes,
+        )
+
+    def _keep_in_files(self, bundle: Bundle) -> Kept:
         return self._store.keep_file("weights", bundle.runs)
 
-    def _keep_on_host(self, bundle: _Bundle) -> Kept:
+    def _keep_on_host(self, bundle: Bundle) -> Kept:
         """Read a bundle from its files into host memory, where it stays, as it lies on disk."""
         store = self._store
         on_disk = store.keep_file("weights", bundle.runs)
@@ -389,7 +268,11 @@ class ModelWeights:
             buffer=buffer,
             starts_bytes=on_disk.starts_bytes,
         )
-        self._on_host.update(bundle.views(buffer.bytes_B, kept))
+        self._on_host.update(
+            (shard, parts[0])
+            for shard, parts in bundle.views(buffer.bytes_B, kept)
+            if not shard.stored.is_packed
+        )
         return kept
 
 
@@ -398,8 +281,14 @@ def decoded_bytes(shards: Sequence[Shard], dtype: torch.dtype) -> int:
     return sum(
         Pool.rounded(math.prod(shard.shape) * dtype.itemsize)
         for shard in shards
-        if torch_dtype(shard.file.dtype) != dtype
+        if shard.stored.is_packed or _dtype_of(shard) != dtype
     )
+
+
+def _dtype_of(shard: Shard) -> torch.dtype:
+    """What the numbers of a shard that is not packed are stored as."""
+    assert shard.dtype is not None, shard
+    return torch_dtype(shard.dtype)
 
 
 class LayerLease:
@@ -410,7 +299,7 @@ class LayerLease:
         model: ModelWeights,
         store: Store,
         resident: Mapping[str, list[tuple[int, Tensor]]],
-        leases: Sequence[tuple[_Bundle, Kept, Lease]],
+        leases: Sequence[tuple[Bundle, Kept, Lease]],
         dtype: torch.dtype,
         host: HostCompute | None = None,
         on_host: Mapping[str, list[tuple[int, Tensor]]] | None = None,
@@ -507,7 +396,7 @@ class LayerLease:
         for expert, leases in zip(picked, arrivals, strict=True):
             streams = self._expert_streams.get(expert, ())
             came = [(*stream, lease) for stream, lease in zip(streams, leases, strict=True)]
-            slots = {shard.tensor.slot for bundle, _, _ in came for shard in bundle.shards}
+            slots = {shard.slot for bundle, _, _ in came for shard in bundle.shards}
             decoded_bytes = self._model.moving(streams).decoded_bytes
             window.decoded.draw(decoded_bytes)
             before = {slot: self._all().get(slot) for slot in slots}
@@ -542,17 +431,17 @@ class LayerLease:
     def _arrive(
         self,
         parts: _Parts,
-        came: Sequence[tuple[_Bundle, Kept, Lease]],
+        came: Sequence[tuple[Bundle, Kept, Lease]],
         decoded: list[Buffer],
     ) -> None:
         """Add to `parts` what has come, decoded; order what is computed from now on after it."""
         for bundle, kept, lease in came:
             lease.ticket.wait()
-            for shard, view in bundle.views(lease.bytes_B, kept):
-                values = self._decode(view, decoded)
-                if shard.tensor.transposed:
+            for shard, views in bundle.views(lease.bytes_B, kept):
+                values = self._decode(shard, views, decoded)
+                if shard.stored.transposed:
                     values = values.T
-                slot = shard.tensor.slot
+                slot = shard.slot
                 own = [*parts.get(slot, ()), (shard.begin, values)]
                 parts[slot] = sorted(own, key=lambda part: part[0])
 
@@ -587,12 +476,12 @@ class LayerLease:
             self._store.device.give_back(buffer)
         decoded.clear()
 
-    def _decode(self, view: Tensor, decoded: list[Buffer]) -> Tensor:
-        if view.dtype == self._dtype:
-            return view
-        buffer = self._store.device.take(view.numel() * self._dtype.itemsize)
+    def _decode(self, shard: Shard, parts: Sequence[Tensor], decoded: list[Buffer]) -> Tensor:
+        if parts[0].dtype == self._dtype:
+            return parts[0]
+        buffer = self._store.device.take(math.prod(shard.shape) * self._dtype.itemsize)
         decoded.append(buffer)
-        return as_tensor(buffer.bytes_B, 0, view.shape, self._dtype).copy_(view)
+        return decode(shard, parts, as_tensor(buffer.bytes_B, 0, shard.shape, self._dtype))
 
 
 def _side_by_side(pieces: list[tuple[int, Tensor]]) -> Tensor:

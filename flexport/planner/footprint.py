@@ -88,6 +88,10 @@ class ModelSizes:
     """The largest expert, in whole grains of memory."""
     experts_picked: float
     """Share of the experts that a token passes."""
+    packed_scratch_bytes: int
+    """The numbers that packed matrices of a layer become, experts left out, at most."""
+    expert_scratch_bytes: int
+    """The same of one expert."""
     decoded_ratio: float
     """Bytes of a weight in the dtype computed in for each byte on disk."""
     caches: tuple[LayerCaches, ...]
@@ -365,7 +369,7 @@ def footprint(
     states_far = policy.activations.disk + (0.0 if unified else policy.activations.host)
     # The states of this visit and the next one, and of two on their way home.
     states_bytes = 4 * _states_bytes(model, visit_tokens, states_far)
-    decoded_bytes = max(far_bytes) * ratio if ratio != 1 else 0.0
+    decoded_bytes = model.packed_scratch_bytes + (max(far_bytes) * ratio if ratio != 1 else 0.0)
     on_disk = 0.0 if unified and addressable else 1.0
     return Footprint(
         weights_bytes=(
@@ -471,15 +475,15 @@ def _window_bytes(
     streaming = max(
         min(own, experts) for own, experts in zip(away, model.expert_bytes, strict=True)
     )
+    decoded = 0 if from_disk else model.expert_scratch_bytes
     if streaming <= 0:
-        return 0
+        return decoded
     one = model.one_expert_bytes
     largest_share = streaming / max(model.expert_bytes)
     num_experts = max(1, round(max(model.expert_bytes) / one))
     all_bytes = math.ceil((largest_share * num_experts + CUT_ROWS) * one)
-    decoded = 0
     if model.decoded_ratio != 1 and not from_disk:
-        decoded = math.ceil(one * model.decoded_ratio)
+        decoded += math.ceil(one * model.decoded_ratio)
     return min(all_bytes, max(2 * one, EXPERT_WINDOW_BYTES)) + decoded
 
 
