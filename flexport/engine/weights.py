@@ -56,6 +56,11 @@ class Shard:
         return (self.end - self.begin, *self.tensor.shape[1:])
 
     @property
+    def first_row(self) -> int:
+        """The first of these rows, counted as the slot's."""
+        return self.begin + (self.tensor.row or 0)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row, as it lies in the file."""
         return self.file.num_bytes // self.tensor.shape[0]
@@ -129,10 +134,8 @@ def _with_projections_after(
 
 
 def _part_of(file: FileTensor, tensor: TensorSpec) -> FileTensor:
-    """The bytes of a tensor that is a slice of the file's."""
-    if tensor.slice_of is None:
-        return file
-    index, num_slices = tensor.slice_of
+    """The bytes of a tensor that may be a slice of the file's, in the tensor's own shape."""
+    index, num_slices = tensor.slice_of or (0, 1)
     num_bytes = file.num_bytes // num_slices
     return replace(
         file,
@@ -312,7 +315,7 @@ class ModelWeights:
             lease.ticket.wait()
             for shard, view in bundle.views(lease.bytes_B, on_disk):
                 tensor = self._resident_tensor(shard, view)
-                self._resident[layer][shard.tensor.slot].append((shard.begin, tensor))
+                self._resident[layer][shard.tensor.slot].append((shard.first_row, tensor))
             self._backend.sync()
         finally:
             lease.release()
@@ -402,7 +405,7 @@ class LayerLease:
                 values = self._decode(view)
                 if shard.tensor.transposed:
                     values = values.T
-                parts.setdefault(shard.tensor.slot, []).append((shard.begin, values))
+                parts.setdefault(shard.tensor.slot, []).append((shard.first_row, values))
         self._parts = {
             slot: sorted(tensors, key=lambda part: part[0]) for slot, tensors in parts.items()
         }
