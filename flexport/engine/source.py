@@ -16,7 +16,15 @@ from flexport.records import FileTensor
 
 __all__ = ["Source", "open_source"]
 
-IGNORED_SUFFIXES = ("lm_head.weight", ".attn.bias", ".masked_bias", "rotary_emb.inv_freq")
+IGNORED_SUFFIXES = (
+    "lm_head.weight",
+    "embed_out.weight",
+    ".attn.bias",
+    ".attn.causal_mask",
+    ".attention.bias",
+    ".masked_bias",
+    "rotary_emb.inv_freq",
+)
 """Tensors that published checkpoints carry along and that hold nothing of their own."""
 
 
