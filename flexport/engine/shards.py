@@ -51,6 +51,11 @@ class Shard:
         return (self.end - self.begin, *self.stored.shape[1:])
 
     @property
+    def first_row(self) -> int:
+        """The first of these rows, counted as the slot's."""
+        return self.begin + (self.tensor.row or 0)
+
+    @property
     def dtype(self) -> str | None:
         """What its numbers are stored as; None if they are packed."""
         return None if self.stored.is_packed else self.stored.files[0].dtype

@@ -18,7 +18,15 @@ from flexport.units import VALUE_BYTES
 
 __all__ = ["Source", "open_source"]
 
-IGNORED_SUFFIXES = ("lm_head.weight", ".attn.bias", ".masked_bias", "rotary_emb.inv_freq")
+IGNORED_SUFFIXES = (
+    "lm_head.weight",
+    "embed_out.weight",
+    ".attn.bias",
+    ".attn.causal_mask",
+    ".attention.bias",
+    ".masked_bias",
+    "rotary_emb.inv_freq",
+)
 """Tensors that published checkpoints carry along and that hold nothing of their own."""
 
 
@@ -115,8 +123,7 @@ def open_source(
     for layer in range(spec.num_schedule_layers):
         for tensor in owned_tensors(spec, layer):
             for part in find(tensor, checkpoint.tensors, packing).parts:
-                slices = () if tensor.slice_of is None else tensor.slice_of[1:]
-                wanted[part.name] = Wanted(shape=(*slices, *part.shape), dtypes=part.dtypes)
+                wanted[part.name] = Wanted(shape=part.in_file(tensor), dtypes=part.dtypes)
     files = require(checkpoint, wanted)
     extra = [name for name in unexpected(checkpoint, wanted) if not name.endswith(IGNORED_SUFFIXES)]
     if extra:

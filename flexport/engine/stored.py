@@ -83,6 +83,12 @@ class Part:
     rows_per_line: int = 1
     """Rows of the tensor that one line of the part belongs to."""
 
+    def in_file(self, tensor: TensorSpec) -> tuple[int, ...]:
+        """The shape of the file's tensor."""
+        if tensor.row is not None:
+            return self.shape[1:]
+        return self.shape if tensor.slice_of is None else (tensor.slice_of[1], *self.shape)
+
     def lines(self, begin: int, end: int) -> tuple[int, int]:
         """The part's lines for rows begin .. end-1."""
         return begin // self.rows_per_line, -(-end // self.rows_per_line)
@@ -167,10 +173,8 @@ def find(tensor: TensorSpec, names: Mapping[str, FileTensor], packing: Packing) 
 
 
 def _own(file: FileTensor, part: Part, tensor: TensorSpec) -> FileTensor:
-    """The part's bytes, where it is a slice of the file's tensor."""
-    if tensor.slice_of is None:
-        return file
-    index, num_slices = tensor.slice_of
+    """The part's bytes, which may be a slice of the file's tensor, in the part's own shape."""
+    index, num_slices = tensor.slice_of or (0, 1)
     num_bytes = file.num_bytes // num_slices
     return replace(
         file,

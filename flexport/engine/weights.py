@@ -211,7 +211,7 @@ class ModelWeights:
             lease.ticket.wait()
             for shard, parts in bundle.views(lease.bytes_B, on_disk):
                 tensor = self._resident_tensor(shard, parts[0])
-                self._resident[layer][shard.slot].append((shard.begin, tensor))
+                self._resident[layer][shard.slot].append((shard.first_row, tensor))
             self._backend.sync()
         finally:
             lease.release()
@@ -442,7 +442,7 @@ class LayerLease:
                 if shard.stored.transposed:
                     values = values.T
                 slot = shard.slot
-                own = [*parts.get(slot, ()), (shard.begin, values)]
+                own = [*parts.get(slot, ()), (shard.first_row, values)]
                 parts[slot] = sorted(own, key=lambda part: part[0])
 
     def _whole(self, slot: str) -> Tensor:

@@ -12,7 +12,20 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from flexport.errors import UnsupportedModel
-from flexport.models import llama, opt
+from flexport.models import (
+    bloom,
+    codegen,
+    falcon,
+    gpt2,
+    gpt_neox,
+    gptj,
+    llama,
+    mpt,
+    opt,
+    phi,
+    stablelm,
+    starcoder2,
+)
 from flexport.models.config import Config
 from flexport.models.spec import ModelSpec
 
@@ -23,7 +36,20 @@ GROUP = "flexport.models"
 SpecOf = Callable[[Mapping[str, Any]], ModelSpec]
 """Turns a Hugging Face config into a spec; raises UnsupportedModel, naming the field."""
 
-_OURS: dict[str, SpecOf] = {"llama": llama.spec, "opt": opt.spec}
+_OURS: dict[str, SpecOf] = {
+    "bloom": bloom.spec,
+    "codegen": codegen.spec,
+    "falcon": falcon.spec,
+    "gpt2": gpt2.spec,
+    "gpt_neox": gpt_neox.spec,
+    "gptj": gptj.spec,
+    "llama": llama.spec,
+    "mpt": mpt.spec,
+    "opt": opt.spec,
+    "phi": phi.spec,
+    "stablelm": stablelm.spec,
+    "starcoder2": starcoder2.spec,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
