@@ -159,9 +159,9 @@ def _attention(
             q_THE = _head_norm(attention, weights, q_THE, "q_norm")
             k_TKE = _head_norm(attention, weights, k_TKE, "k_norm")
         if step == "turn" and attention.rope is not None:
-            cos, sin = turns(attention.rope)
-            rotate_(q_THE, cos, sin, attention.rope.interleaved)
-            rotate_(k_TKE, cos, sin, attention.rope.interleaved)
+            of_queries = attention.query_rope or attention.rope
+            rotate_(q_THE, *turns(of_queries), of_queries.interleaved)
+            rotate_(k_TKE, *turns(attention.rope), attention.rope.interleaved)
     sinks_H = weights.vector("sinks.weight") if attention.sinks else None
     return attend(q_THE, k_TKE, v_TKE, sinks_H).reshape(len(q_THE), attention.out_size)
 

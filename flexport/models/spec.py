@@ -44,8 +44,8 @@ __all__ = [
     "owned_tensors",
 ]
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "clamped_silu"]
-"""relu; gelu with the exact erf; gelu with the tanh approximation; x * sigmoid(x); gpt-oss's
+Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "silu", "clamped_silu"]
+"""relu; its square; gelu with the exact erf; gelu with the tanh approximation; x * sigmoid(x); gpt-oss's
 gate, which clamps both of its inputs and adds 1 to the one that it multiplies."""
 
 Kind = Literal["matrix", "operand", "table", "norm", "bias"]
@@ -103,6 +103,8 @@ class Attention:
     """Whether these projections have biases."""
     out_bias: bool = False
     rope: Rope | None = None
+    query_rope: Rope | None = None
+    """How queries turn, where not as keys do."""
     head_norm: HeadNorm | None = None
     norm_after_rope: bool = False
     clip: float | None = None
