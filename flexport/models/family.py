@@ -8,24 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from flexport.errors import UnsupportedModel
-from flexport.models import (
-    bloom,
-    codegen,
-    falcon,
-    gpt2,
-    gpt_neox,
-    gptj,
-    llama,
-    mpt,
-    opt,
-    phi,
-    stablelm,
-    starcoder2,
-)
 from flexport.models.config import Config
 from flexport.models.spec import ModelSpec
 
@@ -36,20 +23,42 @@ GROUP = "flexport.models"
 SpecOf = Callable[[Mapping[str, Any]], ModelSpec]
 """Turns a Hugging Face config into a spec; raises UnsupportedModel, naming the field."""
 
-_OURS: dict[str, SpecOf] = {
-    "bloom": bloom.spec,
-    "codegen": codegen.spec,
-    "falcon": falcon.spec,
-    "gpt2": gpt2.spec,
-    "gpt_neox": gpt_neox.spec,
-    "gptj": gptj.spec,
-    "llama": llama.spec,
-    "mpt": mpt.spec,
-    "opt": opt.spec,
-    "phi": phi.spec,
-    "stablelm": stablelm.spec,
-    "starcoder2": starcoder2.spec,
-}
+_OURS = (
+    "arcee",
+    "bloom",
+    "codegen",
+    "cohere",
+    "cohere2",
+    "exaone4",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "helium",
+    "llama",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mpt",
+    "olmo2",
+    "olmo3",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+"""Each a module of this package with a function `spec`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +93,7 @@ def spec_of(
         raise UnsupportedModel(
             f"the model's config has no model_type (found {model_type!r}); known: {_known()}"
         )
-    build = _OURS.get(model_type) or _theirs(model_type)
+    build = _ours(model_type) if model_type in _OURS else _theirs(model_type)
     spec = build(config)
     if not isinstance(spec, ModelSpec):
         raise UnsupportedModel(
@@ -94,6 +103,11 @@ def spec_of(
         return spec
     ends = Config("generation", generation_config).token_ids("eos_token_id", None)
     return replace(spec, eos_token_ids=ends) if ends else spec
+
+
+def _ours(model_type: str) -> SpecOf:
+    build: SpecOf = import_module(f"flexport.models.{model_type}").spec
+    return build
 
 
 def _theirs(model_type: str) -> SpecOf:
