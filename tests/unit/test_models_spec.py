@@ -11,7 +11,6 @@ from flexport.models import (
     flops_per_token,
     known_config,
     kv_bytes_per_token,
-    layer_bytes,
     layer_flops,
     layer_tensors,
     num_parameters,
