@@ -40,10 +40,18 @@ class VisitTurns:
         """Both (T, 1, P) on the device, worked out in float32."""
         if rope not in self._made:
             angles_T1P = (self._positions_T[:, None] * self._frequencies(rope))[:, None]
-            both = (angles_T1P.cos() * rope.magnitude, angles_T1P.sin() * rope.magnitude)
+            magnitude = self._magnitude(rope)
+            both = (angles_T1P.cos() * magnitude, angles_T1P.sin() * magnitude)
             cos_T1P, sin_T1P = (to_device(self._backend, x.to(self._dtype)) for x in both)
             self._made[rope] = cos_T1P, sin_T1P
         return self._made[rope]
+
+    def _magnitude(self, rope: Rope) -> float | Tensor:
+        """One for all tokens, or for each its own."""
+        if rope.growth is None:
+            return rope.magnitude
+        own = [rope.magnitude_at(int(position)) for position in self._positions_T]
+        return torch.tensor(own)[:, None, None]
 
     def _frequencies(self, rope: Rope) -> Tensor:
         """One line for all tokens, or for each its own."""

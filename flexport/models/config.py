@@ -13,26 +13,34 @@ Value = TypeVar("Value")
 
 
 class Config:
-    """A config dict whose fields are checked as they are read. A null counts as absent."""
+    """A config dict whose fields are checked as they are read.
 
-    def __init__(self, family: str, values: Mapping[str, Any]) -> None:
+    An absent field has the family's default, or else the call's. A null counts as absent but where
+    it says that there is none: of tokens, and of what is read with "or_none".
+    """
+
+    def __init__(
+        self, family: str, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        """`defaults` are those of the family's config class."""
         self.family = family
         self._values = values
+        self._defaults = defaults or {}
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
         return self._values.get(name) is not None
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """A whole number >= 1; a field without a default has to be there."""
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number >= least; a field without a default has to be there."""
         value = self._get(name, default)
-        if not _is_int(value) or value < 1:
-            raise self._refused(name, "a whole number >= 1")
+        if not _is_int(value) or value < least:
+            raise self._refused(name, f"a whole number >= {least}")
         return int(value)
 
     def count_or_none(self, name: str, default: int | None = None) -> int | None:
-        """The same; None if the field is absent and has no default."""
-        return self.count(name, default) if self.has(name) or default is not None else None
+        """The same; None if the field is null, or absent without a default."""
+        return None if self._or_null(name, default) is None else self.count(name, default)
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number; a field without a default has to be there."""
@@ -42,8 +50,8 @@ class Config:
         return float(value)
 
     def number_or_none(self, name: str, default: float | None = None) -> float | None:
-        """The same; None if the field is absent and has no default."""
-        return self.number(name, default) if self.has(name) or default is not None else None
+        """The same; None if the field is null, or absent without a default."""
+        return None if self._or_null(name, default) is None else self.number(name, default)
 
     def numbers(self, name: str, how_many: int) -> tuple[float, ...]:
         """A list of so many numbers."""
@@ -91,7 +99,7 @@ class Config:
 
     def token_id(self, name: str, default: int | None) -> int | None:
         """A token id, `default` where the field is absent, None where it is null."""
-        value = self._values.get(name, default)
+        value = self._or_null(name, default)
         if value is None:
             return None
         if not _is_int(value) or value < 0:
@@ -100,7 +108,7 @@ class Config:
 
     def token_ids(self, name: str, default: int | None) -> tuple[int, ...]:
         """Token ids of a field that holds one, a list of them, or null."""
-        value = self._values.get(name, default)
+        value = self._or_null(name, default)
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(_is_int(item) and item >= 0 for item in listed):
             raise self._refused(name, "a token id or a list of them")
@@ -127,8 +135,13 @@ class Config:
         return UnsupportedModel(f"{self.family} config: {found}; flexport can run {known}")
 
     def _get(self, name: str, default: object) -> Any:
-        value = self._values.get(name)
-        return default if value is None else value
+        for values in (self._values, self._defaults):
+            if values.get(name) is not None:
+                return values[name]
+        return default
+
+    def _or_null(self, name: str, default: object) -> Any:
+        return self._values.get(name, self._defaults.get(name, default))
 
     def _refused(self, name: str, known: str) -> UnsupportedModel:
         return self.unsupported(f"{name} is {self._values.get(name)!r}", known)

@@ -163,9 +163,9 @@ def _attention(
         for x in (q_THE, k_TKE, v_TKE):
             x.clamp_(-attention.clip, attention.clip)
     if attention.rope is not None:
-        cos, sin = turns(attention.rope)
-        rotate_(q_THE, cos, sin, attention.rope.interleaved)
-        rotate_(k_TKE, cos, sin, attention.rope.interleaved)
+        of_queries = attention.query_rope or attention.rope
+        rotate_(q_THE, *turns(of_queries), of_queries.interleaved)
+        rotate_(k_TKE, *turns(attention.rope), attention.rope.interleaved)
     if attention.norm_after_rope:
         q_THE, k_TKE = _head_norms(attention.head_norm, weights, q_THE, k_TKE)
     sinks_H = weights.vector("sinks.weight") if attention.sinks else None

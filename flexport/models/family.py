@@ -12,7 +12,31 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from flexport.errors import UnsupportedModel
-from flexport.models import llama, opt
+from flexport.models import (
+    arcee,
+    cohere,
+    cohere2,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3_text,
+    glm,
+    glm4,
+    granite,
+    helium,
+    llama,
+    ministral,
+    ministral3,
+    mistral,
+    olmo2,
+    olmo3,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+)
 from flexport.models.config import Config
 from flexport.models.spec import ModelSpec
 
@@ -23,7 +47,31 @@ GROUP = "flexport.models"
 SpecOf = Callable[[Mapping[str, Any]], ModelSpec]
 """Turns a Hugging Face config into a spec; raises UnsupportedModel, naming the field."""
 
-_OURS: dict[str, SpecOf] = {"llama": llama.spec, "opt": opt.spec}
+_OURS: dict[str, SpecOf] = {
+    "arcee": arcee.spec,
+    "cohere": cohere.spec,
+    "cohere2": cohere2.spec,
+    "exaone4": exaone4.spec,
+    "gemma": gemma.spec,
+    "gemma2": gemma2.spec,
+    "gemma3_text": gemma3_text.spec,
+    "glm": glm.spec,
+    "glm4": glm4.spec,
+    "granite": granite.spec,
+    "helium": helium.spec,
+    "llama": llama.spec,
+    "ministral": ministral.spec,
+    "ministral3": ministral3.spec,
+    "mistral": mistral.spec,
+    "olmo2": olmo2.spec,
+    "olmo3": olmo3.spec,
+    "opt": opt.spec,
+    "phi3": phi3.spec,
+    "qwen2": qwen2.spec,
+    "qwen3": qwen3.spec,
+    "seed_oss": seed_oss.spec,
+    "smollm3": smollm3.spec,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

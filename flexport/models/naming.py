@@ -10,6 +10,7 @@ __all__ = ["ACTIVATIONS", "LLAMA_PARTS", "checkpoint_names"]
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
+    "relu2": "relu_squared",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -25,6 +26,8 @@ LLAMA_PARTS: Mapping[str, str] = {
     "q": "layers.{i}.self_attn.q_proj",
     "k": "layers.{i}.self_attn.k_proj",
     "v": "layers.{i}.self_attn.v_proj",
+    "q_norm": "layers.{i}.self_attn.q_norm",
+    "k_norm": "layers.{i}.self_attn.k_norm",
     "out": "layers.{i}.self_attn.o_proj",
     "mlp_norm": "layers.{i}.post_attention_layernorm",
     "gate": "layers.{i}.mlp.gate_proj",

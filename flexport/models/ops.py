@@ -96,6 +96,8 @@ def _activated_(x_TM: Tensor, activation: Activation | ClampedSilu) -> Tensor:
     assert not isinstance(activation, ClampedSilu), "clamped, and without a gate"
     if activation == "relu":
         return torch.relu_(x_TM)
+    if activation == "relu_squared":
+        return torch.relu_(x_TM).square_()
     if activation == "silu":
         return functional.silu(x_TM, inplace=True)
     return functional.gelu(x_TM, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from flexport.models.config import Config
 
-__all__ = ["Rope", "read_rope"]
+__all__ = ["Rope", "read_rope", "rope_fields"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,8 @@ class Rope:
     """Pairs are neighbours, (0, 1), (2, 3), …; else halves, (0, n), (1, n + 1), …"""
     magnitude: float = 1.0
     """What sines and cosines are multiplied by."""
+    growth: tuple[float, int] | None = None
+    """(b, n): and by 1 + b * log(1 + floor(position / n)) at each position."""
     long_frequencies: tuple[float, ...] | None = None
     """For rows that may come to more than original_length tokens."""
     original_length: int = 0
@@ -43,6 +45,13 @@ class Rope:
     def num_features(self) -> int:
         """Features of a head that turn."""
         return 2 * len(self.frequencies)
+
+    def magnitude_at(self, position: int) -> float:
+        """What sines and cosines of a position are multiplied by."""
+        if self.growth is None:
+            return self.magnitude
+        slope, step = self.growth
+        return self.magnitude * (1 + slope * math.log1p(position // step))
 
     @property
     def depends_on_length(self) -> bool:
@@ -90,10 +99,12 @@ def read_rope(
     of it in rope_parameters, for each layer type if these differ. `share` is the part of a head that
     turns where the config does not say. Raises UnsupportedModel for an unknown scaling.
     """
-    given = _parameters(config, layer_type)
+    given = rope_fields(config, layer_type)
     base = given.number("rope_theta", config.number(theta_name, default_theta))
     share = given.number("partial_rotary_factor", config.number("partial_rotary_factor", share))
     size = int(head_dim * share)
+    if size % 2 or not size:
+        raise config.unsupported(f"{size} features of a head turn", "an even number of them")
     kind = given.word("rope_type", given.word("type", "default"))
     build = _SCALINGS.get(kind)
     if build is None:
@@ -106,8 +117,11 @@ def read_rope(
     return replace(rope, interleaved=interleaved)
 
 
-def _parameters(config: Config, layer_type: str | None) -> Config:
-    values = config.mapping("rope_parameters") or config.mapping("rope_scaling")
+def rope_fields(config: Config, layer_type: str | None = None) -> Config:
+    """Where a config says how its layers of a type turn."""
+    # Where layers differ, the old form scales those that see the whole row.
+    old = {} if layer_type == "sliding_attention" else config.mapping("rope_scaling")
+    values = old or config.mapping("rope_parameters")
     own = values.get(layer_type) if layer_type is not None else None
     return config.within("rope", own if isinstance(own, Mapping) else values)
 

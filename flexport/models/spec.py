@@ -45,8 +45,8 @@ __all__ = [
     "owned_tensors",
 ]
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
-"""relu; gelu with the exact erf; gelu with the tanh approximation; x * sigmoid(x)."""
+Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "silu"]
+"""relu; its square; gelu with the exact erf; gelu with the tanh approximation; x * sigmoid(x)."""
 
 Kind = Literal["matrix", "operand", "table", "norm", "bias"]
 """A matrix is what x is multiplied with, an operand one that other products need as it is; a table is
@@ -103,6 +103,8 @@ class Attention:
     """Whether these projections have biases."""
     out_bias: bool = False
     rope: Rope | None = None
+    query_rope: Rope | None = None
+    """How queries turn, where not as keys do."""
     head_norm: HeadNorm | None = None
     norm_after_rope: bool = False
     clip: float | None = None

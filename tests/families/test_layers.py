@@ -94,7 +94,8 @@ class RowTurns:
         angles_TP = torch.stack(
             [place * torch.tensor(rope.at(length, length)) for place, length in self._tokens]
         )
-        cos_TP, sin_TP = angles_TP.cos() * rope.magnitude, angles_TP.sin() * rope.magnitude
+        magnitude_T1 = torch.tensor([[rope.magnitude_at(place)] for place, _ in self._tokens])
+        cos_TP, sin_TP = angles_TP.cos() * magnitude_T1, angles_TP.sin() * magnitude_T1
         return cos_TP[:, None], sin_TP[:, None]
 
 

@@ -39,6 +39,8 @@ OPT_SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 
+GEMMA_SIZES: dict[str, Any] = {**LLAMA_SIZES, "head_dim": 12, "query_pre_attn_scalar": 20}
+
 OWN_HEAD: dict[str, Any] = {"tie_word_embeddings": False}
 TIED_HEAD: dict[str, Any] = {"tie_word_embeddings": True}
 
@@ -46,6 +48,21 @@ TIED_HEAD: dict[str, Any] = {"tie_word_embeddings": True}
 def rope(kind: str, **fields: Any) -> dict[str, Any]:
     """Rotary positions, as configs ask for them."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **fields}}
+
+
+def windows(size: int, *which: int) -> dict[str, Any]:
+    """A window in three layers; `which` has a 1 for those that it is for."""
+    types = ["sliding_attention" if own else "full_attention" for own in which]
+    return {"sliding_window": size, **({"layer_types": types} if types else {})}
+
+
+def longrope(original: int, **fields: Any) -> dict[str, Any]:
+    """LongRoPE of heads with 8 features; rows beyond `original` tokens are long."""
+    short, long = [1.0, 1.1, 1.3, 1.6], [1.0, 2.0, 5.0, 9.0]
+    return {
+        "original_max_position_embeddings": original,
+        **rope("longrope", short_factor=short, long_factor=long, **fields),
+    }
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
@@ -75,6 +92,246 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
                 beta_fast=16.0,
                 attention_factor=1.1,
             ),
+        },
+    ),
+    "mistral": (
+        LLAMA_SIZES,
+        {
+            "window": windows(9),
+            "no window": {"sliding_window": None},
+            "wide heads": {"head_dim": 12, **windows(16)},
+        },
+    ),
+    "ministral": (
+        {**LLAMA_SIZES, "head_dim": 12},
+        {
+            "mixed windows": windows(6, 0, 1, 1),
+            "windows": windows(9),
+        },
+    ),
+    "ministral3": (
+        {**LLAMA_SIZES, "head_dim": 8},
+        {
+            "growing queries": rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=8,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.3,
+            ),
+            "growing queries, window": {
+                **rope(
+                    "yarn",
+                    factor=4.0,
+                    original_max_position_embeddings=16,
+                    llama_4_scaling_beta=0.1,
+                ),
+                **windows(11),
+            },
+        },
+    ),
+    "qwen2": (
+        LLAMA_SIZES,
+        {
+            "no windows": {},
+            "windows from a layer on": {
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+                **windows(7),
+            },
+            "mixed windows, tied head": {
+                "use_sliding_window": True,
+                **windows(5, 1, 0, 1),
+                **TIED_HEAD,
+            },
+        },
+    ),
+    "qwen3": (
+        {**LLAMA_SIZES, "head_dim": 12},
+        {
+            "no windows": {},
+            "biases": {"attention_bias": True},
+            "windows from a layer on": {
+                "use_sliding_window": True,
+                "max_window_layers": 2,
+                **windows(7),
+            },
+            "yarn rope, tied head": {
+                **rope("yarn", factor=4.0, original_max_position_embeddings=16),
+                **TIED_HEAD,
+            },
+        },
+    ),
+    "gemma": (
+        {**LLAMA_SIZES, "head_dim": 12},
+        {
+            "2b": {"num_key_value_heads": 1},
+            "7b, gelu that means tanh": {"num_key_value_heads": 4, "hidden_act": "gelu"},
+            "biases, a head of its own": {"attention_bias": True, **OWN_HEAD},
+        },
+    ),
+    "gemma2": (
+        {**GEMMA_SIZES, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        {
+            "caps, every second layer": windows(8),
+            "no caps, mixed windows": {
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                **windows(5, 0, 1, 1),
+            },
+        },
+    ),
+    "gemma3_text": (
+        GEMMA_SIZES,
+        {
+            "two bases, mixed windows": {
+                **windows(8, 1, 0, 1),
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+                },
+            },
+            "published form": {
+                "sliding_window": 8,
+                "sliding_window_pattern": 3,
+                "rope_theta": 1e4,
+                "rope_local_base_freq": 30.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            "capped logits": {"final_logit_softcapping": 3.0, **windows(8, 1, 1, 0)},
+        },
+    ),
+    "phi3": (
+        LLAMA_SIZES,
+        {
+            "mini-4k": windows(10),
+            "no window": {},
+            "short and long rows": longrope(32),
+            "short and long rows, a factor": longrope(32, factor=3.0),
+            "short rows, partial": {
+                "hidden_size": 48,
+                **longrope(64, attention_factor=1.2, partial_rotary_factor=2 / 3),
+            },
+            "phi-4-mini": {"hidden_size": 64, **rope("default", partial_rotary_factor=0.75)},
+        },
+    ),
+    "olmo2": (
+        LLAMA_SIZES,
+        {
+            "norms behind": {},
+            "as many key heads, biases": {"num_key_value_heads": 4, "attention_bias": True},
+        },
+    ),
+    "olmo3": (
+        LLAMA_SIZES,
+        {
+            "scaled without windows": {
+                **windows(7, 1, 0, 1),
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "full_attention": {
+                        "rope_type": "yarn",
+                        "rope_theta": 1e4,
+                        "factor": 4.0,
+                        "original_max_position_embeddings": 16,
+                    },
+                },
+            },
+            "published form": {
+                **windows(7, 1, 1, 0),
+                "rope_theta": 1e4,
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                },
+            },
+        },
+    ),
+    "granite": (
+        LLAMA_SIZES,
+        {
+            "multipliers": {
+                "embedding_multiplier": 1.7,
+                "attention_multiplier": 0.2,
+                "residual_multiplier": 0.6,
+                "logits_scaling": 0.3,
+            },
+            "biases, tied head": {"attention_bias": True, "mlp_bias": True, **TIED_HEAD},
+        },
+    ),
+    "cohere": (
+        {**LLAMA_SIZES, "logit_scale": 1.5},
+        {
+            "command-r": {},
+            "command-r-plus": {"use_qk_norm": True},
+            "biases, a head of its own": {"attention_bias": True, **OWN_HEAD},
+        },
+    ),
+    "cohere2": (
+        {**LLAMA_SIZES, "logit_scale": 1.5},
+        {
+            "mixed windows": windows(7, 1, 0, 1),
+            "published form": {"sliding_window": 9, "sliding_window_pattern": 2},
+        },
+    ),
+    "glm": (
+        {**LLAMA_SIZES, "head_dim": 8, "rms_norm_eps": 1e-6},
+        {
+            "partial rope": {},
+            "no biases, whole heads turn": {"attention_bias": False, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "glm4": (
+        {**LLAMA_SIZES, "head_dim": 8, "rms_norm_eps": 1e-6},
+        {
+            "norms on both sides": {},
+            "no biases, tied head": {"attention_bias": False, **TIED_HEAD},
+        },
+    ),
+    "smollm3": (
+        LLAMA_SIZES,
+        {
+            "every second layer": {"no_rope_layer_interval": 2},
+            "listed layers": {"no_rope_layers": [0, 1, 1], **OWN_HEAD},
+            "windows": {
+                "no_rope_layers": [1, 0, 1],
+                "use_sliding_window": True,
+                "attention_bias": True,
+                "mlp_bias": True,
+                **windows(7),
+            },
+        },
+    ),
+    "seed_oss": (
+        {**LLAMA_SIZES, "head_dim": 12},
+        {
+            "biases": {},
+            "all biases": {"attention_out_bias": True, "mlp_bias": True},
+            "no biases": {"attention_bias": False},
+        },
+    ),
+    "exaone4": (
+        LLAMA_SIZES,
+        {
+            "32b": windows(7, 1, 0, 1),
+            "1.2b": {"sliding_window": None, "layer_types": ["full_attention"] * 3, **TIED_HEAD},
+            "every second layer": {"sliding_window": 9, "sliding_window_pattern": 2},
+        },
+    ),
+    "helium": (
+        {**LLAMA_SIZES, "head_dim": 8},
+        {
+            "neighbours turn": {},
+            "biases": {"attention_bias": True, "mlp_bias": True},
+        },
+    ),
+    "arcee": (
+        LLAMA_SIZES,
+        {
+            "squared relu": {},
+            "biases": {"attention_bias": True, "mlp_bias": True},
         },
     ),
     "opt": (
