@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flexport.checkpoint.directory import open_checkpoint, read_object, require, unexpected
+from flexport.checkpoint.directory import (
+    Checkpoint,
+    open_checkpoint,
+    read_object,
+    require,
+    same_values,
+    unexpected,
+)
 from flexport.demo import MODEL_DIR
 from flexport.errors import CheckpointError, UnsupportedModel
 from flexport.models import ModelSpec, known_config, known_names, spec_of
@@ -15,6 +23,8 @@ from flexport.models.spec import Layer, TensorSpec, layer_tensors, owned_tensors
 from flexport.records import FileTensor
 
 __all__ = ["Source", "open_source"]
+
+_log = logging.getLogger(__name__)
 
 IGNORED_SUFFIXES = ("lm_head.weight", ".attn.bias", ".masked_bias", "rotary_emb.inv_freq")
 """Tensors that published checkpoints carry along and that hold nothing of their own."""
@@ -79,21 +89,27 @@ class Source:
 def open_source(
     model: str | None, revision: str | None, load_format: Literal["auto", "dummy"]
 ) -> Source:
-    """The model asked for; None is the embedded demo. Reads configs and headers, no weights.
+    """The model asked for; None is the embedded demo. Reads configs and headers.
 
-    Raises CheckpointError and UnsupportedModel.
+    Weights are read only to see whether a head is the token table's copy. Raises CheckpointError and UnsupportedModel.
     """
     if load_format == "dummy":
         return _dummy(model)
     checkpoint = open_checkpoint(str(MODEL_DIR) if model is None else model, revision)
-    spec = spec_of(checkpoint.config, checkpoint.generation_config)
+    spec = _as_tied(spec_of(checkpoint.config, checkpoint.generation_config), checkpoint)
     names: dict[str, tuple[int, ...]] = {}
     for layer in range(spec.num_schedule_layers):
         for tensor in owned_tensors(spec, layer):
             found = [name for name in tensor.names if name in checkpoint.tensors]
             names[(found or tensor.names)[0]] = tensor.file_shape
     files = require(checkpoint, names)
-    extra = [name for name in unexpected(checkpoint, names) if not name.endswith(IGNORED_SUFFIXES)]
+    others = unexpected(checkpoint, names)
+    _tell_of(checkpoint, [name for name in others if name.startswith(spec.not_text)])
+    extra = [
+        name
+        for name in others
+        if not name.startswith(spec.not_text) and not name.endswith(IGNORED_SUFFIXES)
+    ]
     if extra:
         raise UnsupportedModel(
             f"{checkpoint.name} has {len(extra)} tensors that its family {spec.family!r} has no "
@@ -105,6 +121,34 @@ def open_source(
         files=files,
         directory=checkpoint.directory,
     )
+
+
+def _as_tied(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """The spec, its head no longer tied if the checkpoint has one that differs from the token table.
+
+    That is how transformers takes a config that says otherwise.
+    """
+    if not spec.tied_head:
+        return spec
+    names = [name for name in spec.names["head"] if f"{name}.weight" in checkpoint.tensors]
+    if len(names) < 2:
+        return spec
+    table, head = names[0], names[-1]
+    if same_values(checkpoint.tensors[f"{table}.weight"], checkpoint.tensors[f"{head}.weight"]):
+        return spec
+    own = {**spec.names, "tokens": (table,), "head": (head,)}
+    return replace(spec, tied_head=False, names=own)
+
+
+def _tell_of(checkpoint: Checkpoint, not_text: list[str]) -> None:
+    if not_text:
+        parts = sorted({name.removeprefix("model.").split(".")[0] for name in not_text})
+        _log.warning(
+            "%s: running its text part; %d tensors of other parts (%s) are left out",
+            checkpoint.name,
+            len(not_text),
+            ", ".join(parts),
+        )
 
 
 def _dummy(model: str | None) -> Source:

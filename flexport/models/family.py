@@ -33,11 +33,14 @@ from flexport.models import (
     opt,
     phi3,
     qwen2,
+    qwen2_vl_text,
     qwen3,
+    qwen3_vl_text,
     seed_oss,
     smollm3,
 )
 from flexport.models.config import Config
+from flexport.models.multimodal import MULTIMODAL, placed, text_config
 from flexport.models.spec import ModelSpec
 
 __all__ = ["GROUP", "Family", "families", "spec_of"]
@@ -68,7 +71,10 @@ _OURS: dict[str, SpecOf] = {
     "opt": opt.spec,
     "phi3": phi3.spec,
     "qwen2": qwen2.spec,
+    "qwen2_5_vl_text": qwen2_vl_text.spec,
+    "qwen2_vl_text": qwen2_vl_text.spec,
     "qwen3": qwen3.spec,
+    "qwen3_vl_text": qwen3_vl_text.spec,
     "seed_oss": seed_oss.spec,
     "smollm3": smollm3.spec,
 }
@@ -84,11 +90,11 @@ class Family:
 
 def families() -> list[Family]:
     """All families, sorted; third parties' are not imported."""
-    ours = [Family(model_type=name, source="flexport") for name in _OURS]
+    ours = [Family(model_type=name, source="flexport") for name in (*_OURS, *MULTIMODAL)]
     theirs = [
         Family(model_type=entry.name, source=_source(entry))
         for entry in entry_points(group=GROUP)
-        if entry.name not in _OURS
+        if entry.name not in _OURS and entry.name not in MULTIMODAL
     ]
     return sorted(ours + theirs, key=lambda family: (family.model_type, family.source))
 
@@ -98,24 +104,34 @@ def spec_of(
 ) -> ModelSpec:
     """The spec of a Hugging Face config, by its `model_type`.
 
-    The ends in generation_config.json, if it names any, win over the config's, as they do in
-    transformers. Raises UnsupportedModel for a family or a feature that flexport does not know.
+    Of a model that reads images, too, it is the text part's. The ends in generation_config.json, if
+    it names any, win over the config's, as they do in transformers. Raises UnsupportedModel for a family or a feature that flexport does not know.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModel(
             f"the model's config has no model_type (found {model_type!r}); known: {_known()}"
         )
+    whole = MULTIMODAL.get(model_type)
+    if whole is None:
+        spec = _spec_of_family(model_type, config)
+    else:
+        text = text_config(config, whole)
+        spec = placed(_spec_of_family(text["model_type"], text), whole)
+    if generation_config is None:
+        return spec
+    ends = Config("generation", generation_config).token_ids("eos_token_id", None)
+    return replace(spec, eos_token_ids=ends) if ends else spec
+
+
+def _spec_of_family(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
     build = _OURS.get(model_type) or _theirs(model_type)
     spec = build(config)
     if not isinstance(spec, ModelSpec):
         raise UnsupportedModel(
             f"the family {model_type!r} gave a {type(spec).__name__} in place of a ModelSpec"
         )
-    if generation_config is None:
-        return spec
-    ends = Config("generation", generation_config).token_ids("eos_token_id", None)
-    return replace(spec, eos_token_ids=ends) if ends else spec
+    return spec
 
 
 def _theirs(model_type: str) -> SpecOf:

@@ -340,6 +340,9 @@ class ModelSpec:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     """Logits become cap * tanh(logit / cap)."""
+    not_text: tuple[str, ...] = ()
+    """What names of a checkpoint's tensors begin with that are no part of this model, but of a
+    larger one that it is the text part of."""
 
     def __post_init__(self) -> None:
         if not self.embed_size:
