@@ -125,6 +125,8 @@ def spec_of(
 
 
 def _spec_of_family(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
+    for name, required in _OF_ALL.items():
+        Config(model_type, config).refuse_unless(name, required)
     build = _OURS.get(model_type) or _theirs(model_type)
     spec = build(config)
     if not isinstance(spec, ModelSpec):
@@ -132,6 +134,15 @@ def _spec_of_family(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
             f"the family {model_type!r} gave a {type(spec).__name__} in place of a ModelSpec"
         )
     return spec
+
+
+_OF_ALL: Mapping[str, object] = {
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "per_layer_config": {},
+}
+"""Fields that any config may have, and the only values that can be run."""
 
 
 def _theirs(model_type: str) -> SpecOf:
