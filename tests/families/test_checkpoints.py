@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import VARIANTS, Variant, make, variants
+from tiny_families import VARIANTS, variants
 from torch import Tensor
 
 from flexport.checkpoint.directory import SINGLE_FILE
 from flexport.engine.source import open_source
 from flexport.errors import UnsupportedModel
 from flexport.models import layer_tensors
+from flexport.testing import Variant
+from flexport.testing.families.tiny import make
 
 BUFFERS = {
     # What older versions of transformers saved beside the weights.
