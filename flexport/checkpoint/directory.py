@@ -18,7 +18,7 @@ from flexport.checkpoint.hub import fetch
 from flexport.errors import CheckpointError
 from flexport.records import FileTensor
 
-__all__ = ["Checkpoint", "Wanted", "open_checkpoint", "require", "unexpected"]
+__all__ = ["Checkpoint", "Wanted", "open_checkpoint", "require", "same_values", "unexpected"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -127,6 +127,26 @@ def require(checkpoint: Checkpoint, wanted: Mapping[str, Wanted]) -> dict[str, F
 def unexpected(checkpoint: Checkpoint, wanted: Mapping[str, object]) -> list[str]:
     """The names in the checkpoint that are not in `wanted`, sorted."""
     return sorted(set(checkpoint.tensors) - set(wanted))
+
+
+def same_values(one: FileTensor, other: FileTensor) -> bool:
+    """Whether two tensors are equal, bit by bit; reads no further than where they differ."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.path.open("rb") as file, other.path.open("rb") as other_file:
+        file.seek(one.offset_bytes)
+        other_file.seek(other.offset_bytes)
+        left_bytes = one.num_bytes
+        while left_bytes:
+            size = min(left_bytes, _COMPARED_BYTES)
+            if file.read(size) != other_file.read(size):
+                return False
+            left_bytes -= size
+    return True
+
+
+_COMPARED_BYTES = 1 << 20
+"""Read of each at once."""
 
 
 def read_object(path: Path) -> dict[str, Any]:

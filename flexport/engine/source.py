@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flexport.checkpoint.directory import Wanted, open_checkpoint, read_object, require, unexpected
+from flexport.checkpoint.directory import (
+    Checkpoint,
+    Wanted,
+    open_checkpoint,
+    read_object,
+    require,
+    same_values,
+    unexpected,
+)
 from flexport.demo import MODEL_DIR
 from flexport.engine.stored import PLAIN, Packing, Stored, TensorSize, find, read_packing
 from flexport.errors import CheckpointError, UnsupportedModel
@@ -17,6 +26,8 @@ from flexport.records import FileTensor
 from flexport.units import VALUE_BYTES
 
 __all__ = ["Source", "open_source"]
+
+_log = logging.getLogger(__name__)
 
 IGNORED_SUFFIXES = (
     "lm_head.weight",
@@ -110,14 +121,14 @@ class Source:
 def open_source(
     model: str | None, revision: str | None, load_format: Literal["auto", "dummy"]
 ) -> Source:
-    """The model asked for; None is the embedded demo. Reads configs and headers, no weights.
+    """The model asked for; None is the embedded demo. Reads configs and headers.
 
-    Raises CheckpointError and UnsupportedModel.
+    Weights are read only to see whether a head is the token table's copy. Raises CheckpointError and UnsupportedModel.
     """
     if load_format == "dummy":
         return _dummy(model)
     checkpoint = open_checkpoint(str(MODEL_DIR) if model is None else model, revision)
-    spec = spec_of(checkpoint.config, checkpoint.generation_config)
+    spec = _as_tied(spec_of(checkpoint.config, checkpoint.generation_config), checkpoint)
     packing = read_packing(checkpoint.config)
     wanted: dict[str, Wanted] = {}
     for layer in range(spec.num_schedule_layers):
@@ -125,7 +136,13 @@ def open_source(
             for part in find(tensor, checkpoint.tensors, packing).parts:
                 wanted[part.name] = Wanted(shape=part.in_file(tensor), dtypes=part.dtypes)
     files = require(checkpoint, wanted)
-    extra = [name for name in unexpected(checkpoint, wanted) if not name.endswith(IGNORED_SUFFIXES)]
+    others = unexpected(checkpoint, wanted)
+    _tell_of(checkpoint, [name for name in others if name.startswith(spec.unused)])
+    extra = [
+        name
+        for name in others
+        if not name.startswith(spec.unused) and not name.endswith(IGNORED_SUFFIXES)
+    ]
     if extra:
         raise UnsupportedModel(
             f"{checkpoint.name} has {len(extra)} tensors that its family {spec.family!r} has no "
@@ -138,6 +155,34 @@ def open_source(
         packing=packing,
         directory=checkpoint.directory,
     )
+
+
+def _as_tied(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """The spec, its head no longer tied if the checkpoint has one that differs from the token table.
+
+    That is how transformers takes a config that says otherwise.
+    """
+    if not spec.tied_head:
+        return spec
+    names = [name for name in spec.names["head"] if f"{name}.weight" in checkpoint.tensors]
+    if len(names) < 2:
+        return spec
+    table, head = names[0], names[-1]
+    if same_values(checkpoint.tensors[f"{table}.weight"], checkpoint.tensors[f"{head}.weight"]):
+        return spec
+    own = {**spec.names, "tokens": (table,), "head": (head,)}
+    return replace(spec, tied_head=False, names=own)
+
+
+def _tell_of(checkpoint: Checkpoint, unused: list[str]) -> None:
+    if unused:
+        parts = sorted({name.removeprefix("model.").split(".")[0] for name in unused})
+        _log.warning(
+            "%s: %d tensors are no part of the language model that is run, and are left out (%s)",
+            checkpoint.name,
+            len(unused),
+            ", ".join(parts),
+        )
 
 
 def _dummy(model: str | None) -> Source:

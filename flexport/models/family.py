@@ -14,6 +14,7 @@ from typing import Any
 
 from flexport.errors import UnsupportedModel
 from flexport.models.config import Config
+from flexport.models.multimodal import MULTIMODAL, placed, text_config
 from flexport.models.spec import ModelSpec
 
 __all__ = ["GROUP", "Family", "families", "spec_of"]
@@ -62,14 +63,19 @@ _OURS = (
     "phi3",
     "qwen2",
     "qwen2_moe",
+    "qwen2_vl_text",
     "qwen3",
     "qwen3_moe",
+    "qwen3_vl_text",
     "seed_oss",
     "smollm3",
     "stablelm",
     "starcoder2",
 )
 """Each a module of this package with a function `spec`."""
+
+_SHARED = {"qwen2_5_vl_text": "qwen2_vl_text"}
+"""Families that differ from another one in nothing, and its module."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +88,11 @@ class Family:
 
 def families() -> list[Family]:
     """All families, sorted; third parties' are not imported."""
-    ours = [Family(model_type=name, source="flexport") for name in _OURS]
+    ours = [Family(model_type=name, source="flexport") for name in (*_OURS, *_SHARED, *MULTIMODAL)]
     theirs = [
         Family(model_type=entry.name, source=_source(entry))
         for entry in entry_points(group=GROUP)
-        if entry.name not in _OURS
+        if entry.name not in (*_OURS, *_SHARED, *MULTIMODAL)
     ]
     return sorted(ours + theirs, key=lambda family: (family.model_type, family.source))
 
@@ -96,28 +102,50 @@ def spec_of(
 ) -> ModelSpec:
     """The spec of a Hugging Face config, by its `model_type`.
 
-    The ends in generation_config.json, if it names any, win over the config's, as they do in
-    transformers. Raises UnsupportedModel for a family or a feature that flexport does not know.
+    Of a model that reads images, too, it is the text part's. The ends in generation_config.json, if
+    it names any, win over the config's, as they do in transformers. Raises UnsupportedModel for a family or a feature that flexport does not know.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModel(
             f"the model's config has no model_type (found {model_type!r}); known: {_known()}"
         )
-    build = _ours(model_type) if model_type in _OURS else _theirs(model_type)
-    spec = build(config)
-    if not isinstance(spec, ModelSpec):
-        raise UnsupportedModel(
-            f"the family {model_type!r} gave a {type(spec).__name__} in place of a ModelSpec"
-        )
+    whole = MULTIMODAL.get(model_type)
+    if whole is None:
+        spec = _spec_of_family(model_type, config)
+    else:
+        text = text_config(config, whole)
+        spec = placed(_spec_of_family(text["model_type"], text), whole)
     if generation_config is None:
         return spec
     ends = Config("generation", generation_config).token_ids("eos_token_id", None)
     return replace(spec, eos_token_ids=ends) if ends else spec
 
 
+def _spec_of_family(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
+    for name, required in _OF_ALL.items():
+        Config(model_type, config).refuse_unless(name, required)
+    build = _ours(model_type) if model_type in (*_OURS, *_SHARED) else _theirs(model_type)
+    spec = build(config)
+    if not isinstance(spec, ModelSpec):
+        raise UnsupportedModel(
+            f"the family {model_type!r} gave a {type(spec).__name__} in place of a ModelSpec"
+        )
+    return spec
+
+
+_OF_ALL: Mapping[str, object] = {
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "per_layer_config": {},
+}
+"""Fields that any config may have, and the only values that can be run."""
+
+
 def _ours(model_type: str) -> SpecOf:
-    build: SpecOf = import_module(f"flexport.models.{model_type}").spec
+    module = _SHARED.get(model_type, model_type)
+    build: SpecOf = import_module(f"flexport.models.{module}").spec
     return build
 
 

@@ -258,6 +258,7 @@ def _llama3(asked: _Asked) -> Rope:
 
 _SCALINGS: Mapping[str, Callable[[_Asked], Rope]] = {
     "default": _plain,
+    "mrope": _plain,  # of three positions, which are one and the same in text
     "linear": _linear,
     "dynamic": _dynamic,
     "yarn": _yarn,

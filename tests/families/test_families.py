@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import variants
+from tiny_families import make, variants
 
 from flexport.engine.source import open_source
 from flexport.models.decoder import head
 from flexport.testing import FamilyConformance
 from flexport.testing.families.layers import WholeWeights, whole_state
-from flexport.testing.families.tiny import make
 
 
 class TestOurs(FamilyConformance):

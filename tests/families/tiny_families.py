@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from flexport.testing import Variant
+from flexport.testing.families.tiny import Variant, make
 
-__all__ = ["VARIANTS", "variants"]
+__all__ = ["VARIANTS", "Variant", "make", "variants"]
 
 LLAMA_SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -143,6 +143,28 @@ def longrope(original: int, **fields: Any) -> dict[str, Any]:
     }
 
 
+def sees(kind: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A tiny vision tower, which nothing asks to look."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    own = {} if kind is None else {"model_type": kind}
+    return {"vision_config": {**own, **sizes, **fields}}
+
+
+def reads(kind: str | None = None, **fields: Any) -> dict[str, Any]:
+    """The text part of a model that sees."""
+    own = {} if kind is None else {"model_type": kind}
+    return {"text_config": {**own, **LLAMA_SIZES, **fields}}
+
+
+THREE_POSITIONS = rope("default", mrope_section=[1, 1, 2])
+
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     # family: what all its variants have, and what each of them changes
     "llama": (
@@ -171,6 +193,73 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
                 attention_factor=1.1,
             ),
         },
+    ),
+    "gemma3": (
+        {**sees("siglip_vision_model"), "mm_tokens_per_image": 4},
+        {
+            "text part": reads(head_dim=12, **windows(6, 1, 0, 1)),
+            "text part, a head of its own": {
+                **reads(head_dim=12, **windows(6, 1, 0, 1), **OWN_HEAD),
+                **OWN_HEAD,
+            },
+        },
+    ),
+    "internvl": (
+        sees(image_size=[8, 8], patch_size=[4, 4]),
+        {"text part": reads("qwen3", head_dim=8)},
+    ),
+    "llava": (
+        sees("clip_vision_model"),
+        {"text part": reads("llama"), "text part, tied head": reads("qwen2", **TIED_HEAD)},
+    ),
+    "llava_next": (
+        {**sees("clip_vision_model"), "image_grid_pinpoints": [[8, 8]]},
+        {"text part": reads("mistral", **windows(9))},
+    ),
+    "llava_onevision": (
+        {**sees("siglip_vision_model"), "image_grid_pinpoints": [[8, 8]]},
+        {"text part": reads("qwen2")},
+    ),
+    "mistral3": (
+        sees("pixtral"),
+        {
+            "text part, tied by default": reads("mistral"),
+            "text part, growing queries": {
+                **reads(
+                    "ministral3",
+                    head_dim=8,
+                    **rope(
+                        "yarn",
+                        factor=4.0,
+                        original_max_position_embeddings=8,
+                        llama_4_scaling_beta=0.3,
+                    ),
+                ),
+                **OWN_HEAD,
+            },
+        },
+    ),
+    "qwen2_vl": (
+        sees(depth=1, embed_dim=16, hidden_size=32, num_heads=2),
+        {"text part": reads(**THREE_POSITIONS)},
+    ),
+    "qwen2_5_vl": (
+        sees(depth=1, out_hidden_size=32, num_heads=2, fullatt_block_indexes=[0]),
+        {"text part": reads(**THREE_POSITIONS)},
+    ),
+    "qwen3_vl": (
+        sees(
+            depth=1,
+            out_hidden_size=32,
+            num_heads=2,
+            deepstack_visual_indexes=[0],
+            num_position_embeddings=16,
+        ),
+        {"text part": reads(head_dim=8, **THREE_POSITIONS)},
+    ),
+    "vipllava": (
+        sees("clip_vision_model"),
+        {"text part": reads("llama")},
     ),
     "mistral": (
         LLAMA_SIZES,

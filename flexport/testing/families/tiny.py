@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 __all__ = ["Variant", "make"]
 
@@ -38,7 +38,10 @@ def make(variant: Variant, directory: Path) -> Any:
     """transformers' model of the variant in float32, saved to a directory in several shards."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(variant.family, **variant.config)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = (
+        AutoModelForImageTextToText if "vision_config" in variant.config else AutoModelForCausalLM
+    )
+    model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter == 1))
