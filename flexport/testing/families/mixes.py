@@ -101,6 +101,13 @@ def reference_of(variant: Variant, folders: pytest.TempPathFactory) -> Reference
 
 def continuations(reference: Reference, mix: dict[str, Any], offload_dir: Path) -> list[list[int]]:
     """How the engine continues the prompts, with the tensors where the mix has them."""
+    return run(reference, mix, offload_dir)[0]
+
+
+def run(
+    reference: Reference, mix: dict[str, Any], offload_dir: Path
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """The same, and the run's report."""
     mix = dict(mix)
     own, percent = mix.pop("own"), mix.pop("percent")
     weights, cache, activations = Policy.splits_from_percent(percent)
@@ -121,11 +128,15 @@ def continuations(reference: Reference, mix: dict[str, Any], offload_dir: Path) 
             )
         )
         outputs = llm.generate(reference.prompts, params)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+        return [list(output.outputs[0].token_ids) for output in outputs], llm.report
 
 
 def _reference(variant: Variant, directory: Path) -> Reference:
-    model = make(variant, directory)
+    return reference_from(make(variant, directory), directory)
+
+
+def reference_from(model: Any, directory: Path) -> Reference:
+    """Some prompts, and how transformers' model, which lies in the directory, continues them."""
     draw, prompts, continuations = random.Random(7), [], []
     for length, num_new in zip(PROMPT_LENGTHS, NEW_TOKENS, strict=True):
         while True:
