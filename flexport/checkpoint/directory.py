@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -18,7 +18,7 @@ from flexport.checkpoint.hub import fetch
 from flexport.errors import CheckpointError
 from flexport.records import FileTensor
 
-__all__ = ["Checkpoint", "open_checkpoint", "require", "unexpected"]
+__all__ = ["Checkpoint", "Wanted", "open_checkpoint", "require", "same_values", "unexpected"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -89,23 +89,32 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     )
 
 
-def require(checkpoint: Checkpoint, wanted: Mapping[str, Sequence[int]]) -> dict[str, FileTensor]:
-    """The tensors named in `wanted`, each of the shape given there and of a float dtype.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a tensor has to be."""
 
-    Raises CheckpointError, which lists every one that is missing, misshapen or not of floats.
+    shape: tuple[int, ...]
+    dtypes: frozenset[str] | None = None
+    """None: any float."""
+
+
+def require(checkpoint: Checkpoint, wanted: Mapping[str, Wanted]) -> dict[str, FileTensor]:
+    """The tensors named in `wanted`, each of the shape and dtype given there.
+
+    Raises CheckpointError, which lists every one that is missing, misshapen or of another dtype.
     """
     problems = []
-    for name, shape in wanted.items():
+    for name, each in wanted.items():
+        shape, dtypes = each.shape, each.dtypes or FLOAT_DTYPES
         tensor = checkpoint.tensors.get(name)
         if tensor is None:
             problems.append(f"{name}: missing, should have shape {tuple(shape)}")
             continue
         if tensor.shape != tuple(shape):
             problems.append(f"{name}: has shape {tensor.shape}, should have {tuple(shape)}")
-        if tensor.dtype not in FLOAT_DTYPES:
+        if tensor.dtype not in dtypes:
             problems.append(
-                f"{name}: is stored as {tensor.dtype}, should be one of "
-                f"{', '.join(sorted(FLOAT_DTYPES))}"
+                f"{name}: is stored as {tensor.dtype}, should be one of {', '.join(sorted(dtypes))}"
             )
     if problems:
         raise refusal(
@@ -118,6 +127,26 @@ def require(checkpoint: Checkpoint, wanted: Mapping[str, Sequence[int]]) -> dict
 def unexpected(checkpoint: Checkpoint, wanted: Mapping[str, object]) -> list[str]:
     """The names in the checkpoint that are not in `wanted`, sorted."""
     return sorted(set(checkpoint.tensors) - set(wanted))
+
+
+def same_values(one: FileTensor, other: FileTensor) -> bool:
+    """Whether two tensors are equal, bit by bit; reads no further than where they differ."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.path.open("rb") as file, other.path.open("rb") as other_file:
+        file.seek(one.offset_bytes)
+        other_file.seek(other.offset_bytes)
+        left_bytes = one.num_bytes
+        while left_bytes:
+            size = min(left_bytes, _COMPARED_BYTES)
+            if file.read(size) != other_file.read(size):
+                return False
+            left_bytes -= size
+    return True
+
+
+_COMPARED_BYTES = 1 << 20
+"""Read of each at once."""
 
 
 def read_object(path: Path) -> dict[str, Any]:

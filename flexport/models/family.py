@@ -8,47 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from flexport.errors import UnsupportedModel
-from flexport.models import (
-    arcee,
-    cohere,
-    cohere2,
-    deepseek_v2,
-    deepseek_v3,
-    dots1,
-    ernie4_5_moe,
-    exaone4,
-    gemma,
-    gemma2,
-    gemma3_text,
-    glm,
-    glm4,
-    glm4_moe,
-    gpt_oss,
-    granite,
-    granitemoe,
-    helium,
-    llama,
-    ministral,
-    ministral3,
-    mistral,
-    mixtral,
-    olmo2,
-    olmo3,
-    olmoe,
-    opt,
-    phi3,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    seed_oss,
-    smollm3,
-)
 from flexport.models.config import Config
+from flexport.models.multimodal import MULTIMODAL, placed, text_config
 from flexport.models.spec import ModelSpec
 
 __all__ = ["GROUP", "Family", "families", "spec_of"]
@@ -58,42 +24,58 @@ GROUP = "flexport.models"
 SpecOf = Callable[[Mapping[str, Any]], ModelSpec]
 """Turns a Hugging Face config into a spec; raises UnsupportedModel, naming the field."""
 
-_OURS: dict[str, SpecOf] = {
-    "arcee": arcee.spec,
-    "cohere": cohere.spec,
-    "cohere2": cohere2.spec,
-    "deepseek_v2": deepseek_v2.spec,
-    "deepseek_v3": deepseek_v3.spec,
-    "dots1": dots1.spec,
-    "ernie4_5_moe": ernie4_5_moe.spec,
-    "exaone4": exaone4.spec,
-    "gemma": gemma.spec,
-    "gemma2": gemma2.spec,
-    "gemma3_text": gemma3_text.spec,
-    "glm": glm.spec,
-    "glm4": glm4.spec,
-    "glm4_moe": glm4_moe.spec,
-    "gpt_oss": gpt_oss.spec,
-    "granite": granite.spec,
-    "granitemoe": granitemoe.spec,
-    "helium": helium.spec,
-    "llama": llama.spec,
-    "ministral": ministral.spec,
-    "ministral3": ministral3.spec,
-    "mistral": mistral.spec,
-    "mixtral": mixtral.spec,
-    "olmo2": olmo2.spec,
-    "olmo3": olmo3.spec,
-    "olmoe": olmoe.spec,
-    "opt": opt.spec,
-    "phi3": phi3.spec,
-    "qwen2": qwen2.spec,
-    "qwen2_moe": qwen2_moe.spec,
-    "qwen3": qwen3.spec,
-    "qwen3_moe": qwen3_moe.spec,
-    "seed_oss": seed_oss.spec,
-    "smollm3": smollm3.spec,
-}
+_OURS = (
+    "arcee",
+    "bloom",
+    "codegen",
+    "cohere",
+    "cohere2",
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone4",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "gpt2",
+    "gpt_neox",
+    "gpt_oss",
+    "gptj",
+    "granite",
+    "granitemoe",
+    "helium",
+    "llama",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mixtral",
+    "mpt",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_vl_text",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+"""Each a module of this package with a function `spec`."""
+
+_SHARED = {"qwen2_5_vl_text": "qwen2_vl_text"}
+"""Families that differ from another one in nothing, and its module."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +88,11 @@ class Family:
 
 def families() -> list[Family]:
     """All families, sorted; third parties' are not imported."""
-    ours = [Family(model_type=name, source="flexport") for name in _OURS]
+    ours = [Family(model_type=name, source="flexport") for name in (*_OURS, *_SHARED, *MULTIMODAL)]
     theirs = [
         Family(model_type=entry.name, source=_source(entry))
         for entry in entry_points(group=GROUP)
-        if entry.name not in _OURS
+        if entry.name not in (*_OURS, *_SHARED, *MULTIMODAL)
     ]
     return sorted(ours + theirs, key=lambda family: (family.model_type, family.source))
 
@@ -120,24 +102,51 @@ def spec_of(
 ) -> ModelSpec:
     """The spec of a Hugging Face config, by its `model_type`.
 
-    The ends in generation_config.json, if it names any, win over the config's, as they do in
-    transformers. Raises UnsupportedModel for a family or a feature that flexport does not know.
+    Of a model that reads images, too, it is the text part's. The ends in generation_config.json, if
+    it names any, win over the config's, as they do in transformers. Raises UnsupportedModel for a family or a feature that flexport does not know.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModel(
             f"the model's config has no model_type (found {model_type!r}); known: {_known()}"
         )
-    build = _OURS.get(model_type) or _theirs(model_type)
+    whole = MULTIMODAL.get(model_type)
+    if whole is None:
+        spec = _spec_of_family(model_type, config)
+    else:
+        text = text_config(config, whole)
+        spec = placed(_spec_of_family(text["model_type"], text), whole)
+    if generation_config is None:
+        return spec
+    ends = Config("generation", generation_config).token_ids("eos_token_id", None)
+    return replace(spec, eos_token_ids=ends) if ends else spec
+
+
+def _spec_of_family(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
+    for name, required in _OF_ALL.items():
+        Config(model_type, config).refuse_unless(name, required)
+    build = _ours(model_type) if model_type in (*_OURS, *_SHARED) else _theirs(model_type)
     spec = build(config)
     if not isinstance(spec, ModelSpec):
         raise UnsupportedModel(
             f"the family {model_type!r} gave a {type(spec).__name__} in place of a ModelSpec"
         )
-    if generation_config is None:
-        return spec
-    ends = Config("generation", generation_config).token_ids("eos_token_id", None)
-    return replace(spec, eos_token_ids=ends) if ends else spec
+    return spec
+
+
+_OF_ALL: Mapping[str, object] = {
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "per_layer_config": {},
+}
+"""Fields that any config may have, and the only values that can be run."""
+
+
+def _ours(model_type: str) -> SpecOf:
+    module = _SHARED.get(model_type, model_type)
+    build: SpecOf = import_module(f"flexport.models.{module}").spec
+    return build
 
 
 def _theirs(model_type: str) -> SpecOf:

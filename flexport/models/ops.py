@@ -36,12 +36,13 @@ def apply_norm(norm: Norm, weights: _Weights, x_TF: Tensor, part: str) -> Tensor
             return functional.layer_norm(x_TF, size, weight_F, bias_F, norm.eps)
         return functional.layer_norm(x_TF, size, None, None, norm.eps).mul_(weight_F)
     wide_TF = x_TF.float()
-    wide_TF = wide_TF * torch.rsqrt(wide_TF.square().mean(-1, keepdim=True) + norm.eps)
-    if weight_F is None:
-        return wide_TF.to(x_TF.dtype)
-    if norm.plus_one:
-        return wide_TF.mul_(weight_F.float() + 1).to(x_TF.dtype)
-    return wide_TF.to(x_TF.dtype).mul_(weight_F)
+    length_T1 = torch.linalg.vector_norm(wide_TF, dim=-1, keepdim=True)
+    factor_T1 = torch.rsqrt(length_T1.square_().div_(size[0]).add_(norm.eps))
+    if norm.plus_one and weight_F is not None:
+        return (wide_TF * factor_T1).mul_(weight_F.float() + 1).to(x_TF.dtype)
+    # Written in its own dtype at once: a pass over memory less.
+    normed_TF = torch.mul(wide_TF, factor_T1, out=torch.empty_like(x_TF))
+    return normed_TF if weight_F is None else normed_TF.mul_(weight_F)
 
 
 def rotate_(x_THE: Tensor, cos_T1P: Tensor, sin_T1P: Tensor, interleaved: bool) -> None:
@@ -55,10 +56,9 @@ def rotate_(x_THE: Tensor, cos_T1P: Tensor, sin_T1P: Tensor, interleaved: bool) 
         a_THP, b_THP = turning_THF[..., ::2], turning_THF[..., 1::2]
     else:
         a_THP, b_THP = turning_THF[..., :num_pairs], turning_THF[..., num_pairs:]
-    new_a_THP = a_THP * cos_T1P - b_THP * sin_T1P
-    new_b_THP = b_THP * cos_T1P + a_THP * sin_T1P
+    new_a_THP = (a_THP * cos_T1P).addcmul_(b_THP, sin_T1P, value=-1)
+    b_THP.copy_((b_THP * cos_T1P).addcmul_(a_THP, sin_T1P))
     a_THP.copy_(new_a_THP)
-    b_THP.copy_(new_b_THP)
 
 
 def gated_mlp(

@@ -35,6 +35,7 @@ __all__ = [
     "Norms",
     "TensorSpec",
     "attention_flops",
+    "distinct_layers",
     "expert_slot",
     "flops_per_token",
     "is_projection",
@@ -75,6 +76,8 @@ class HeadNorm:
     over: Literal["head", "each", "all"]
     """Of each head, with one weight for all of them or with weights of its own; or of all heads
     together."""
+    apart: bool = False
+    """In the checkpoint each head's own weights are a tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,6 +320,8 @@ class TensorSpec:
     """Which of a layer's experts it belongs to."""
     slice_of: tuple[int, int] | None = None
     """(i, n): it is the i-th of the n slices of the file's tensor, along its first dimension."""
+    row: int | None = None
+    """It is this row of its slot, whose rows are tensors of their own in the file."""
 
     @property
     def num_values(self) -> int:
@@ -326,6 +331,8 @@ class TensorSpec:
     @property
     def file_shape(self) -> tuple[int, ...]:
         """The shape of the file's tensor."""
+        if self.row is not None:
+            return self.shape[1:]
         return self.shape if self.slice_of is None else (self.slice_of[1], *self.shape)
 
 
@@ -348,7 +355,8 @@ class ModelSpec:
     pad_token_id: int | None
     names: Mapping[str, tuple[str, ...]] = field(hash=False, repr=False)
     """Checkpoint names of each part ("q", "tokens", …), without ".weight" and ".bias", or of a slot
-    ("router.bias"), in full. "{i}" is the decoder layer, "{e}" the expert, counted from 0."""
+    ("router.bias"), in full. "{i}" is the decoder layer, "{e}" the expert, "{h}" the head where heads
+    are apart, counted from 0."""
     embed_size: int = 0
     """Width of the token table; where it is not hidden_size, projections stand in between.
     0 is hidden_size."""
@@ -369,7 +377,8 @@ class ModelSpec:
     logit_cap: float | None = None
     """Logits become cap * tanh(logit / cap)."""
     unused: tuple[str, ...] = ()
-    """How names begin of tensors that a checkpoint has and that say nothing of the next token."""
+    """How names begin of tensors that a checkpoint has and that are no part of this model: layers for
+    training, or the parts of a larger model that it is the text part of."""
 
     def __post_init__(self) -> None:
         if not self.embed_size:
@@ -433,6 +442,16 @@ def is_projection(tensor: TensorSpec) -> bool:
 _FIRST_PARTS = ("q", "k", "v", "qkv", "q_down", "kv_down")
 
 
+def distinct_layers(spec: ModelSpec) -> dict[int, int]:
+    """Of decoder layers that are alike, the first one of the schedule and how many they are."""
+    first_of: dict[Layer, int] = {}
+    counts: dict[int, int] = {}
+    for index, layer in enumerate(spec.layers, start=1):
+        first = first_of.setdefault(layer, index)
+        counts[first] = counts.get(first, 0) + 1
+    return counts
+
+
 def expert_slot(part: str, expert: int) -> str:
     """The name of one expert's part, as slots have it."""
     return f"{part}@{expert}"
@@ -490,15 +509,28 @@ def _attention(
         yield from own.linear(part, (sizes[part], hidden), attention.bias, transposed=turned)
     if attention.head_norm is not None:
         for part, num_heads in (("q", attention.num_heads), ("k", attention.num_kv_heads)):
-            shape: tuple[int, ...] = {
-                "head": (attention.head_dim,),
-                "each": (num_heads, attention.head_dim),
-                "all": (num_heads * attention.head_dim,),
-            }[attention.head_norm.over]
-            yield from own.norm(f"{part}_norm", attention.head_norm.norm, shape)
+            shape = (num_heads, attention.head_dim)
+            yield from _head_norm(attention.head_norm, own, f"{part}_norm", shape)
     if attention.sinks:
         yield own.tensor("sinks.weight", (attention.num_heads,), "bias")
     yield from own.linear("out", (hidden, q_size), attention.out_bias, transposed=turned)
+
+
+def _head_norm(
+    head_norm: HeadNorm, own: _Names, part: str, shape: tuple[int, int]
+) -> Iterator[TensorSpec]:
+    """Of so many heads with so many features."""
+    num_heads, head_dim = shape
+    if head_norm.apart:
+        for head in range(num_heads):
+            yield from own.norm(part, head_norm.norm, (1, head_dim), row=head)
+        return
+    of_all: dict[str, tuple[int, ...]] = {
+        "head": (head_dim,),
+        "each": shape,
+        "all": (num_heads * head_dim,),
+    }
+    yield from own.norm(part, head_norm.norm, of_all[head_norm.over])
 
 
 def _latent_attention(
@@ -573,11 +605,12 @@ class _Names:
         transposed: bool = False,
         expert: int | None = None,
         slice_of: tuple[int, int] | None = None,
+        row: int | None = None,
     ) -> TensorSpec:
         part, _, suffix = slot.rpartition(".")
         whole = self.spec.names.get(slot)
         templates = whole or tuple(f"{name}.{suffix}" for name in self.spec.names[part])
-        names = tuple(name.format(i=self.index, e=expert) for name in templates)
+        names = tuple(name.format(i=self.index, e=expert, h=row) for name in templates)
         if expert is not None:
             slot = f"{expert_slot(part, expert)}.{suffix}"
         return TensorSpec(
@@ -588,6 +621,7 @@ class _Names:
             transposed=transposed,
             expert=expert,
             slice_of=slice_of,
+            row=row,
         )
 
     def weight(self, part: str, shape: tuple[int, int], kind: Kind = "matrix") -> TensorSpec:
@@ -610,11 +644,13 @@ class _Names:
         if bias:
             yield self.tensor(f"{part}.bias", shape[:1], "bias", expert=expert, slice_of=slice_of)
 
-    def norm(self, part: str, norm: Norm, shape: tuple[int, ...]) -> Iterator[TensorSpec]:
+    def norm(
+        self, part: str, norm: Norm, shape: tuple[int, ...], row: int | None = None
+    ) -> Iterator[TensorSpec]:
         if norm.weight:
-            yield self.tensor(f"{part}.weight", shape, "norm")
+            yield self.tensor(f"{part}.weight", shape, "norm", row=row)
         if norm.bias:
-            yield self.tensor(f"{part}.bias", shape, "norm")
+            yield self.tensor(f"{part}.bias", shape, "norm", row=row)
 
 
 def layer_bytes(spec: ModelSpec, layer: int, item_bytes: float) -> int:
@@ -658,13 +694,16 @@ def attention_flops(spec: ModelSpec, layer: int, num_keys: int) -> int:
 
 def flops_per_token(spec: ModelSpec, num_keys: int = 0) -> int:
     """All multiplications and additions of one token that sees `num_keys` keys, head included."""
-    products = sum(layer_flops(spec, layer) for layer in range(spec.num_schedule_layers))
-    return products + sum(
-        attention_flops(spec, layer, num_keys) for layer in range(spec.num_layers)
+    ends = layer_flops(spec, 0) + layer_flops(spec, spec.head_layer)
+    return ends + sum(
+        count * (layer_flops(spec, layer) + attention_flops(spec, layer - 1, num_keys))
+        for layer, count in distinct_layers(spec).items()
     )
 
 
 def num_parameters(spec: ModelSpec) -> int:
     """Distinct values of the model; a tied head's table counts once."""
-    total = sum(layer_bytes(spec, layer, 1) for layer in range(spec.num_schedule_layers))
+    total = layer_bytes(spec, 0, 1) + layer_bytes(spec, spec.head_layer, 1)
+    for layer, count in distinct_layers(spec).items():
+        total += count * layer_bytes(spec, layer, 1)
     return total - spec.vocab_size * spec.embed_size if spec.tied_head else total

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 __all__ = ["VARIANTS", "Variant", "make", "variants"]
 
@@ -37,6 +37,55 @@ OPT_SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "ffn_dim": 64,
     "max_position_embeddings": 64,
+}
+
+GPT_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+GPTJ_SIZES: dict[str, Any] = {**GPT_SIZES, "rotary_dim": 4}
+
+NEOX_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+
+BLOOM_SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4}
+
+FALCON_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+FALCON_40B: dict[str, Any] = {"new_decoder_architecture": True, "num_kv_heads": 2}
+
+# transformers rounds ALiBi's slopes to bfloat16, which leaves those of 4 heads as they are.
+FALCON_RW: dict[str, Any] = {
+    "alibi": True,
+    "multi_query": False,
+    "parallel_attn": False,
+    "bias": True,
+}
+
+MPT_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "d_model": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "max_seq_len": 64,
 }
 
 GEMMA_SIZES: dict[str, Any] = {**LLAMA_SIZES, "head_dim": 12, "query_pre_attn_scalar": 20}
@@ -83,6 +132,11 @@ def rope(kind: str, **fields: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **fields}}
 
 
+def mpt_attention(**fields: Any) -> dict[str, Any]:
+    """What MPT's configs say of attention."""
+    return {"attn_config": fields}
+
+
 def windows(size: int, *which: int) -> dict[str, Any]:
     """A window in three layers; `which` has a 1 for those that it is for."""
     types = ["sliding_attention" if own else "full_attention" for own in which]
@@ -97,6 +151,28 @@ def longrope(original: int, **fields: Any) -> dict[str, Any]:
         **rope("longrope", short_factor=short, long_factor=long, **fields),
     }
 
+
+def sees(kind: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A tiny vision tower, which nothing asks to look."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    own = {} if kind is None else {"model_type": kind}
+    return {"vision_config": {**own, **sizes, **fields}}
+
+
+def reads(kind: str | None = None, **fields: Any) -> dict[str, Any]:
+    """The text part of a model that sees."""
+    own = {} if kind is None else {"model_type": kind}
+    return {"text_config": {**own, **LLAMA_SIZES, **fields}}
+
+
+THREE_POSITIONS = rope("default", mrope_section=[1, 1, 2])
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     # family: what all its variants have, and what each of them changes
@@ -126,6 +202,73 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
                 attention_factor=1.1,
             ),
         },
+    ),
+    "gemma3": (
+        {**sees("siglip_vision_model"), "mm_tokens_per_image": 4},
+        {
+            "text part": reads(head_dim=12, **windows(6, 1, 0, 1)),
+            "text part, a head of its own": {
+                **reads(head_dim=12, **windows(6, 1, 0, 1), **OWN_HEAD),
+                **OWN_HEAD,
+            },
+        },
+    ),
+    "internvl": (
+        sees(image_size=[8, 8], patch_size=[4, 4]),
+        {"text part": reads("qwen3", head_dim=8)},
+    ),
+    "llava": (
+        sees("clip_vision_model"),
+        {"text part": reads("llama"), "text part, tied head": reads("qwen2", **TIED_HEAD)},
+    ),
+    "llava_next": (
+        {**sees("clip_vision_model"), "image_grid_pinpoints": [[8, 8]]},
+        {"text part": reads("mistral", **windows(9))},
+    ),
+    "llava_onevision": (
+        {**sees("siglip_vision_model"), "image_grid_pinpoints": [[8, 8]]},
+        {"text part": reads("qwen2")},
+    ),
+    "mistral3": (
+        sees("pixtral"),
+        {
+            "text part, tied by default": reads("mistral"),
+            "text part, growing queries": {
+                **reads(
+                    "ministral3",
+                    head_dim=8,
+                    **rope(
+                        "yarn",
+                        factor=4.0,
+                        original_max_position_embeddings=8,
+                        llama_4_scaling_beta=0.3,
+                    ),
+                ),
+                **OWN_HEAD,
+            },
+        },
+    ),
+    "qwen2_vl": (
+        sees(depth=1, embed_dim=16, hidden_size=32, num_heads=2),
+        {"text part": reads(**THREE_POSITIONS)},
+    ),
+    "qwen2_5_vl": (
+        sees(depth=1, out_hidden_size=32, num_heads=2, fullatt_block_indexes=[0]),
+        {"text part": reads(**THREE_POSITIONS)},
+    ),
+    "qwen3_vl": (
+        sees(
+            depth=1,
+            out_hidden_size=32,
+            num_heads=2,
+            deepstack_visual_indexes=[0],
+            num_position_embeddings=16,
+        ),
+        {"text part": reads(head_dim=8, **THREE_POSITIONS)},
+    ),
+    "vipllava": (
+        sees("clip_vision_model"),
+        {"text part": reads("llama")},
     ),
     "mistral": (
         LLAMA_SIZES,
@@ -391,6 +534,128 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "silu": {"activation_function": "silu"},
         },
     ),
+    "gpt2": (
+        GPT_SIZES,
+        {
+            "small": {},
+            "scale by layer": {"scale_attn_by_inverse_layer_idx": True},
+            "no scale, relu": {"scale_attn_weights": False, "activation_function": "relu"},
+            "narrow mlp, head of its own": {"n_inner": 40, **OWN_HEAD},
+            "upcast": {"reorder_and_upcast_attn": True, "layer_norm_epsilon": 1e-3},
+        },
+    ),
+    "gptj": (
+        GPTJ_SIZES,
+        {
+            "6b": {},
+            "all of a head turns": {"rotary_dim": 8},
+            "wide mlp, tied head": {"n_inner": 144, **TIED_HEAD},
+            "uneven share": {"n_embd": 48, "rotary_dim": 10, "activation_function": "gelu"},
+        },
+    ),
+    "codegen": (
+        GPTJ_SIZES,
+        {
+            "350m": {},
+            "two heads a core": {"n_embd": 64, "n_head": 8, "rotary_dim": 6},
+            "narrow mlp, tied head": {"n_inner": 40, **TIED_HEAD},
+        },
+    ),
+    "gpt_neox": (
+        NEOX_SIZES,
+        {
+            "20b": {},
+            "one after the other": {"use_parallel_residual": False},
+            "no attention biases": {"attention_bias": False},
+            "tied head, gelu by tanh": {**TIED_HEAD, "hidden_act": "gelu_fast"},
+            "all of a head turns": rope("default", partial_rotary_factor=1.0),
+            "linear rope, other base": {
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "rope_theta": 5e3,
+                    "factor": 4.0,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+        },
+    ),
+    "bloom": (
+        BLOOM_SIZES,
+        {
+            "560m": {},
+            "176b (heads no power of two)": {"hidden_size": 56, "n_head": 7},
+            "head of its own": OWN_HEAD,
+        },
+    ),
+    "falcon": (
+        FALCON_SIZES,
+        {
+            "7b": {},
+            "7b with biases, untied": {"bias": True, **OWN_HEAD},
+            "40b": FALCON_40B,
+            "11b (one norm)": {**FALCON_40B, "num_ln_in_parallel_attn": 1, **OWN_HEAD},
+            "180b with biases": {**FALCON_40B, "bias": True, "activation": "gelu_new"},
+            "rw-1b": FALCON_RW,
+            "rw, parallel": {**FALCON_RW, "parallel_attn": True, "bias": False},
+            "rotary, all key heads": {"multi_query": False, "ffn_hidden_size": 80},
+            "7b with alibi, one after the other": {
+                "alibi": True,
+                "parallel_attn": False,
+                "layer_norm_epsilon": 1e-3,
+            },
+            "7b, linear rope": rope("linear", factor=4.0),
+        },
+    ),
+    "mpt": (
+        MPT_SIZES,
+        {
+            "7b": {},
+            "storywriter (clipped)": mpt_attention(clip_qkv=0.5),
+            "heads no power of two": {"d_model": 48, "n_heads": 6},
+            "scaled otherwise, head of its own": {**mpt_attention(softmax_scale=0.2), **OWN_HEAD},
+        },
+    ),
+    "phi": (
+        NEOX_SIZES,
+        {
+            "1.5": {},
+            "grouped heads, tied head": {"num_key_value_heads": 2, **TIED_HEAD},
+            "norms of heads": {"qk_layernorm": True},
+            "all of a head turns, gelu": {
+                **rope("default", partial_rotary_factor=1.0),
+                "hidden_act": "gelu",
+            },
+        },
+    ),
+    "stablelm": (
+        {**NEOX_SIZES, "num_key_value_heads": 4},
+        {
+            "3b": {},
+            "2-1.6b": {"use_qkv_bias": True},
+            "2-12b": {
+                "num_key_value_heads": 2,
+                "qk_layernorm": True,
+                "use_parallel_residual": True,
+            },
+            "tied head, half of a head turns": {
+                **rope("default", partial_rotary_factor=0.5),
+                **TIED_HEAD,
+            },
+            "norms of heads, gelu": {"qk_layernorm": True, "hidden_act": "gelu"},
+        },
+    ),
+    "starcoder2": (
+        {**NEOX_SIZES, "num_key_value_heads": 2},
+        {
+            "no window": {},
+            "3b": {
+                "sliding_window": 9,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+            },
+            "no biases, untied": {"use_bias": False, **OWN_HEAD},
+            "wide heads, gelu": {"head_dim": 12, "hidden_act": "gelu"},
+        },
+    ),
     "mixtral": (
         MIXTRAL_SIZES,
         {
@@ -547,7 +812,10 @@ def make(variant: Variant, directory: Path) -> Any:
     """transformers' model of the variant in float32, saved to a directory in several shards."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(variant.family, **variant.config)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = (
+        AutoModelForImageTextToText if "vision_config" in variant.config else AutoModelForCausalLM
+    )
+    model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter == 1))
