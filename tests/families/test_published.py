@@ -373,6 +373,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mistralai/Mixtral-8x7B-v0.1", {"num_experts_per_tok": 9}, "9 experts"),
     ("mistralai/Mixtral-8x7B-v0.1", {"hidden_act": "mish"}, "hidden_act"),
     ("baidu/ERNIE-4.5-21B-A3B-PT", {"use_bias": True}, "use_bias"),
+    ("baidu/ERNIE-4.5-21B-A3B-PT", {"moe_norm_min": 0.1}, "moe_norm_min"),
 ]
 
 
