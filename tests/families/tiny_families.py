@@ -110,6 +110,7 @@ DEEPSEEK_SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 10,
     "qk_rope_head_dim": 6,
     "v_head_dim": 12,
+    "rms_norm_eps": 1e-2,  # that of compressed vectors is another, in no config
 }
 
 SHORT_YARN: dict[str, Any] = {"factor": 4.0, "original_max_position_embeddings": 16}
