@@ -1,149 +1,134 @@
-"""A packed checkpoint gives the tokens of the plain one that holds the same numbers.
+"""Packed checkpoints are read in place, and give the tokens of the numbers that they stand for.
 
-The packed one has the names and shapes that published ones have; transformers runs the plain one.
+A tiny model is packed by the formats' own rules, and unpacked again into a plain checkpoint, which
+transformers continues.
 
-Dimension key: E experts, F features out, D features in, P groups a row, B bytes of a group.
+Dimension key: E experts, I features in, O features out, P groups, G values of a group.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import VARIANTS, Variant, make
+from tiny_families import DEEPSEEK_SIZES, GPT_OSS_SIZES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import flexport
-from flexport import Policy, SamplingParams
-from flexport.testing.discrete import DiscreteBackend
+from flexport.errors import UnsupportedModel
+from flexport.testing.families import Variant
+from flexport.testing.families.mixes import MIXES, Reference, reference_from, run
+from flexport.testing.families.tiny import make
 
-PROMPTS = [[5, 17, 60, 33, 8, 71, 12], [40], [9, 9, 81, 3]]
-NEW_TOKENS = 8
+NUMBERS = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
-State = dict[str, Tensor]
-Packer = Callable[[State], tuple[State, State]]
-"""From the tensors of a checkpoint to those of a packed one, and to the numbers these stand for."""
+GPT_OSS = Variant(
+    "gpt_oss", "packed", {**GPT_OSS_SIZES, "hidden_size": 64, "intermediate_size": 32}
+)
+DEEPSEEK = Variant("deepseek_v3", "packed", {**DEEPSEEK_SIZES, "n_group": 4, "topk_group": 2})
 
-BLOCK = (16, 12)
-"""Of FP8: no divisor of most sides of the tiny model's matrices."""
-
-
-def to_mxfp4(state: State) -> tuple[State, State]:
-    """Experts' matrices become random numbers, since not one of their own is among the few."""
-    packed, plain = dict(state), dict(state)
-    draw = torch.Generator().manual_seed(3)
-    for name, tensor_EDF in state.items():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            num_experts, size, features = tensor_EDF.shape
-            shape = (num_experts, features, size // 32)
-            blocks_EFPB = torch.randint(0, 256, (*shape, 16), generator=draw).to(torch.uint8)
-            scales_EFP = torch.randint(121, 125, shape, generator=draw).to(torch.uint8)
-            del packed[name]
-            packed[f"{name}_blocks"], packed[f"{name}_scales"] = blocks_EFPB, scales_EFP
-            plain[name] = convert_moe_packed_tensors(blocks_EFPB, scales_EFP, dtype=torch.float32)
-    return packed, plain
+FP8_BLOCK = (8, 16)
 
 
-def to_fp8(state: State) -> tuple[State, State]:
-    """All matrices but the router's, the token table and the head; number by number."""
-    packed, plain = dict(state), dict(state)
-    rows, columns = BLOCK
-    for name, weight_FD in state.items():
-        if not name.endswith(("proj.weight", "proj_with_mqa.weight")):
-            continue
-        num_rows, size = weight_FD.shape
-        scales = torch.zeros(-(-num_rows // rows), -(-size // columns))
-        packed[name] = torch.empty_like(weight_FD, dtype=torch.float8_e4m3fn)
-        plain[name] = torch.empty_like(weight_FD)
-        for q, p in ((q, p) for q in range(len(scales)) for p in range(scales.shape[1])):
-            block = slice(q * rows, (q + 1) * rows), slice(p * columns, (p + 1) * columns)
-            scales[q, p] = weight_FD[block].abs().max() / 448
-            packed[name][block] = (weight_FD[block] / scales[q, p]).to(torch.float8_e4m3fn)
-            plain[name][block] = packed[name][block].float() * scales[q, p]
-        packed[f"{name}_scale_inv"] = scales
-    return packed, plain
+def mxfp4_of(values_EIO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks and scales of the matrices' nearest numbers, and these numbers, (E, I, O)."""
+    groups_EOPG = values_EIO.transpose(1, 2).contiguous().unflatten(-1, (-1, 32))
+    powers = (groups_EOPG.abs().amax(-1) / 6).clamp_min(2.0**-126).log2().ceil()
+    scaled_EOPG = groups_EOPG / torch.exp2(powers)[..., None]
+    nibbles = (scaled_EOPG[..., None] - NUMBERS).abs().argmin(-1)
+    numbers_EOPG = NUMBERS[nibbles] * torch.exp2(powers)[..., None]
+    low, high = nibbles.unflatten(-1, (16, 2)).unbind(-1)
+    plain_EIO = numbers_EOPG.flatten(-2).transpose(1, 2).contiguous()
+    return (low + 16 * high).to(torch.uint8), (powers + 127).to(torch.uint8), plain_EIO
 
 
-FORMS: dict[str, tuple[Variant, Packer, dict[str, Any]]] = {
-    "mxfp4": (
-        Variant("gpt_oss", "packed", {**VARIANTS["gpt_oss"][0], "intermediate_size": 64}),
-        to_mxfp4,
-        {"quant_method": "mxfp4"},
-    ),
-    "fp8": (
-        Variant("deepseek_v3", "packed", {**VARIANTS["deepseek_v3"][0]}),
-        to_fp8,
-        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)},
-    ),
-}
-
-MIXES: dict[str, dict[str, Any]] = {
-    "in memory": {"own": False, "percent": [100, 0, 100, 0, 100, 0]},
-    "on disk": {"own": False, "percent": [0, 0, 0, 0, 0, 0]},
-    "cut": {"own": False, "percent": [35, 0, 50, 0, 60, 0]},
-    "all three tiers": {"own": True, "percent": [40, 30, 30, 40, 40, 30]},
-}
+def fp8_of(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, scales of their blocks, and what both stand for."""
+    rows, columns = FP8_BLOCK
+    scales = torch.empty(-(-values.shape[0] // rows), -(-values.shape[1] // columns))
+    packed = torch.empty_like(values, dtype=torch.float8_e4m3fn)
+    plain = torch.empty_like(values)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            block = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
+            scales[i, j] = values[block].abs().max() / 448
+            packed[block] = (values[block] / scales[i, j]).to(torch.float8_e4m3fn)
+            plain[block] = packed[block].float() * scales[i, j]
+    return packed, scales, plain
 
 
-@torch.no_grad()
-def as_transformers_continues(directory: Path) -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    continued = []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        for _ in range(NEW_TOKENS):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        continued.append(ids[len(prompt) :])
-    return continued
+def pack(variant: Variant, whole: Path, packed: Path) -> None:
+    """Make the model twice: with packed tensors, and with the numbers that these stand for."""
+    make(variant, whole)
+    plain: dict[str, Tensor] = {}
+    for path in whole.glob("*.safetensors"):
+        plain.update(load_file(path))
+    state = dict(plain)
+    for name, values in plain.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            del state[name]
+            state[f"{name}_blocks"], state[f"{name}_scales"], plain[name] = mxfp4_of(values)
+        elif variant is DEEPSEEK and name.endswith("proj.weight"):
+            state[name], state[f"{name}_scale_inv"], plain[name] = fp8_of(values)
+    config = json.loads((whole / "config.json").read_text())
+    for directory, tensors in ((whole, plain), (packed, state)):
+        directory.mkdir(exist_ok=True)
+        for path in directory.glob("*.safetensors*"):
+            path.unlink()
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    quantised = {"quant_method": "mxfp4"}
+    if variant is DEEPSEEK:
+        quantised = {"quant_method": "fp8", "weight_block_size": list(FP8_BLOCK)}  # type: ignore[dict-item]
+    (packed / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
 
 
-def in_one_file(directory: Path) -> State:
-    """Take all tensors out of a directory."""
-    state: State = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        state.update(load_file(path))
-        path.unlink()
-    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
-    return state
+@pytest.fixture(scope="module", params=[GPT_OSS, DEEPSEEK], ids=["MXFP4", "FP8"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A packed model, and how transformers continues some prompts with its numbers."""
+    directory = tmp_path_factory.mktemp("packed")
+    pack(request.param, directory / "whole", directory / "packed")
+    model = AutoModelForCausalLM.from_pretrained(directory / "whole", dtype=torch.float32).eval()
+    return reference_from(model, directory / "packed")
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("form", FORMS)
-def test_a_packed_checkpoint_gives_the_tokens_of_its_numbers(form, mix, tmp_path):
-    variant, pack, said = FORMS[form]
-    make(variant, tmp_path)
-    packed, plain = pack(in_one_file(tmp_path))
-    save_file(plain, tmp_path / "model.safetensors", {"format": "pt"})
-    expected = as_transformers_continues(tmp_path)
-    save_file(packed, tmp_path / "model.safetensors", {"format": "pt"})
+@pytest.mark.parametrize("mix", list(MIXES))
+def test_packed_checkpoints_give_the_tokens_of_their_numbers(mix, packed, tmp_path):
+    tokens, report = run(packed, MIXES[mix], tmp_path)
+
+    assert tokens == packed.continuations
+    assert all(
+        report["peak_bytes"][tier] <= report["predicted"][f"{tier}_bytes"]
+        for tier in ("device", "host", "disk")
+    )
+
+
+def test_packed_weights_rest_packed(packed):
+    file_bytes = (packed.directory / "model.safetensors").stat().st_size
+
+    with flexport.LLM(packed.directory, backend="cpu", dtype="float32") as llm:
+        llm.generate(packed.prompts[:1], flexport.SamplingParams(max_tokens=2))
+        placed = llm.report["placement"]["weights"]["device"]["bytes"]
+
+    assert placed < file_bytes  # the file has a header
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "fp8"},
+        {"quant_method": "bitsandbytes"},
+    ],
+    ids=lambda quantised: quantised["quant_method"],
+)
+def test_what_can_not_be_unpacked_is_refused_by_name(quantised, tmp_path):
+    make(GPT_OSS, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
 
-    weights, cache, activations = Policy.splits_from_percent(MIXES[mix]["percent"])
-    with contextlib.ExitStack() as stack:
-        backend: Any = "cpu"
-        if MIXES[mix]["own"]:
-            backend = stack.enter_context(contextlib.closing(DiscreteBackend(memory_bytes=1 << 30)))
-        llm = stack.enter_context(
-            flexport.LLM(
-                tmp_path,
-                backend=backend,
-                dtype="float32",
-                policy=Policy(weights=weights, cache=cache, activations=activations),
-                device_memory="1GiB",
-                host_memory="1GiB",
-                disk_memory="1GiB",
-                offload_dir=tmp_path,
-            )
-        )
-        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))
-
-    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+    with pytest.raises(UnsupportedModel, match=f"quant_method is '{quantised['quant_method']}'"):
+        flexport.LLM(tmp_path, backend="cpu")
