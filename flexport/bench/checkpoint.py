@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flexport.checkpoint.dummy import DummyKind, write_dummy
 from flexport.errors import UsageError
-from flexport.models import known_config, known_names, spec_of
+from flexport.models import known_config, spec_of
 from flexport.models.spec import TensorSpec, owned_tensors
 
 __all__ = ["WEIGHTS_NAME", "shared_checkpoint"]
@@ -26,7 +26,7 @@ def shared_checkpoint(
     """A directory below `directory` with config and weights, written if it is not there yet."""
     config = known_config(model)
     if config is None:
-        raise UsageError(f"no shapes are known of {model!r}; known: {', '.join(known_names())}")
+        raise UsageError(f"no shapes are known of {model!r}; `flexport models` lists those known")
     target = directory / f"{model.replace('/', '--')}-{dtype}"
     weights = target / WEIGHTS_NAME
     if weights.is_file():  # it is put there whole, and last

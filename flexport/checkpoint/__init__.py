@@ -5,7 +5,7 @@ It says where each tensor's bytes lie; reading them is the store's business.
 
 from __future__ import annotations
 
-from flexport.checkpoint.directory import Checkpoint, open_checkpoint, require, unexpected
+from flexport.checkpoint.directory import Checkpoint, Wanted, open_checkpoint, require, unexpected
 from flexport.checkpoint.header import read_header
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_header", "require", "unexpected"]
+__all__ = ["Checkpoint", "Wanted", "open_checkpoint", "read_header", "require", "unexpected"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -18,7 +18,7 @@ from flexport.checkpoint.hub import fetch
 from flexport.errors import CheckpointError
 from flexport.records import FileTensor
 
-__all__ = ["Checkpoint", "open_checkpoint", "require", "same_values", "unexpected"]
+__all__ = ["Checkpoint", "Wanted", "open_checkpoint", "require", "same_values", "unexpected"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -89,23 +89,32 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     )
 
 
-def require(checkpoint: Checkpoint, wanted: Mapping[str, Sequence[int]]) -> dict[str, FileTensor]:
-    """The tensors named in `wanted`, each of the shape given there and of a float dtype.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a tensor has to be."""
 
-    Raises CheckpointError, which lists every one that is missing, misshapen or not of floats.
+    shape: tuple[int, ...]
+    dtypes: frozenset[str] | None = None
+    """None: any float."""
+
+
+def require(checkpoint: Checkpoint, wanted: Mapping[str, Wanted]) -> dict[str, FileTensor]:
+    """The tensors named in `wanted`, each of the shape and dtype given there.
+
+    Raises CheckpointError, which lists every one that is missing, misshapen or of another dtype.
     """
     problems = []
-    for name, shape in wanted.items():
+    for name, each in wanted.items():
+        shape, dtypes = each.shape, each.dtypes or FLOAT_DTYPES
         tensor = checkpoint.tensors.get(name)
         if tensor is None:
             problems.append(f"{name}: missing, should have shape {tuple(shape)}")
             continue
         if tensor.shape != tuple(shape):
             problems.append(f"{name}: has shape {tensor.shape}, should have {tuple(shape)}")
-        if tensor.dtype not in FLOAT_DTYPES:
+        if tensor.dtype not in dtypes:
             problems.append(
-                f"{name}: is stored as {tensor.dtype}, should be one of "
-                f"{', '.join(sorted(FLOAT_DTYPES))}"
+                f"{name}: is stored as {tensor.dtype}, should be one of {', '.join(sorted(dtypes))}"
             )
     if problems:
         raise refusal(

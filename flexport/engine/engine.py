@@ -382,8 +382,11 @@ class Engine:
 
     @property
     def _sizes(self) -> ModelSizes:
-        file_item_bytes = VALUE_BYTES[self._source.file_dtype or self.dtype]
-        return model_sizes(self.spec, file_item_bytes, VALUE_BYTES[self.dtype])
+        return model_sizes(
+            self.spec,
+            lambda tensor: self._source.size(tensor, self.dtype),
+            VALUE_BYTES[self.dtype],
+        )
 
     def _unload(self) -> None:
         """Give the weights back, and all that was made on disk."""

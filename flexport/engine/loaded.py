@@ -21,11 +21,13 @@ from flexport.engine.plan import Plan
 from flexport.engine.report import report
 from flexport.engine.rows import Done, Row
 from flexport.engine.scoring import Score, Scoring
+from flexport.engine.shards import place_weights
 from flexport.engine.source import Source
-from flexport.engine.weights import ModelWeights, place_weights
+from flexport.engine.weights import ModelWeights
 from flexport.engine.work import JobWork, Purpose
 from flexport.errors import OutOfMemory
 from flexport.intake.pack import pack
+from flexport.models.spec import Experts
 from flexport.records import Completion, Request
 from flexport.registry import CPU, open_backend
 from flexport.schedule.executor import execute
@@ -71,7 +73,7 @@ class Loaded:
                     files = source.make_up(self.store.open_run_directory(), plan.dtype, seed)
                 layers = place_weights(
                     self._spec,
-                    files,
+                    lambda tensor: source.stored(tensor, files),
                     plan.policy.weights,
                     projections_on_host=plan.policy.cpu_projections,
                 )
@@ -179,7 +181,7 @@ class Loaded:
         rota = Rota(
             self._spec.num_schedule_layers,
             plan.policy.sweep_tokens,
-            plan.policy.prefill_tokens if plan.policy.sweep_tokens else 0,
+            plan.policy.prefill_tokens if plan.policy.sweep_tokens or self._has_experts else 0,
             admission.admit,
             lambda: admission.is_waiting,
         )
@@ -224,6 +226,11 @@ class Loaded:
             self.close()
             raise
         self.report = told()
+
+    @property
+    def _has_experts(self) -> bool:
+        """Whether tokens should pass each layer together, so that an expert moves but once."""
+        return any(isinstance(layer.mlp, Experts) for layer in self._spec.layers)
 
     def _host_compute(self) -> HostCompute | None:
         """The CPU beside the device, if the plan in force has work for it."""

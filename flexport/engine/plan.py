@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from flexport.engine.stored import TensorSize
 from flexport.models.spec import (
     Attention,
     Experts,
     LatentAttention,
     Layer,
     ModelSpec,
+    TensorSpec,
     flops_per_token,
     is_projection,
     layer_tensors,
@@ -30,27 +33,60 @@ from flexport.units import format_bytes
 __all__ = ["Plan", "model_sizes"]
 
 
-def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> ModelSizes:
-    """The planner's numbers of a model whose weights have so many bytes a value on disk."""
-    layer_bytes = []
-    table_bytes = slack_bytes = 0
-    for layer in range(spec.num_schedule_layers):
-        own = owned_tensors(spec, layer)
-        layer_bytes.append(sum(tensor.num_values for tensor in own) * file_item_bytes)
-        tables = sum(tensor.num_values for tensor in own if tensor.kind == "table")
-        table_bytes += tables * file_item_bytes
-        widest = max((tensor.num_values // tensor.shape[0] for tensor in own), default=0)
-        # Each part of a tensor may begin and end within a grain, and two cuts make two more parts.
-        slack_bytes = max(
-            slack_bytes,
-            2 * GRAIN_BYTES * (len(own) + 2) + CUT_ROWS * widest * max(item_bytes, file_item_bytes),
+def model_sizes(
+    spec: ModelSpec, size: Callable[[TensorSpec], TensorSize], item_bytes: int
+) -> ModelSizes:
+    """The planner's numbers of a model whose tensors have these sizes."""
+    layers = [
+        [(tensor, size(tensor)) for tensor in owned_tensors(spec, layer)]
+        for layer in range(spec.num_schedule_layers)
+    ]
+    expert_bytes, one_expert_bytes = [], 0
+    table_bytes = slack_bytes = packed_bytes = expert_packed_bytes = 0
+    ratio = 0.0
+    for own in layers:
+        disk_bytes = sum(each.disk_bytes for _, each in own)
+        if disk_bytes:
+            ratio = max(ratio, sum(each.near_bytes for _, each in own) / disk_bytes)
+        by_expert: dict[int, list[TensorSize]] = {}
+        for tensor, each in own:
+            if tensor.expert is not None:
+                by_expert.setdefault(tensor.expert, []).append(each)
+        expert_bytes.append(sum(each.disk_bytes for of in by_expert.values() for each in of))
+        for of_expert in by_expert.values():
+            # Each tensor may begin and end within a grain, on either of two tiers.
+            edges_bytes = 4 * GRAIN_BYTES * (2 * len(of_expert) + 1)
+            one_expert_bytes = max(
+                one_expert_bytes, sum(each.disk_bytes for each in of_expert) + edges_bytes
+            )
+            expert_packed_bytes = max(expert_packed_bytes, _scratch_bytes(of_expert))
+        dense = [each for tensor, each in own if tensor.expert is None]
+        packed_bytes = max(packed_bytes, _scratch_bytes(dense))
+        table_bytes += sum(each.disk_bytes for tensor, each in own if tensor.kind == "table")
+        widest = max(
+            (max(each.disk_bytes, each.near_bytes) // tensor.shape[0] for tensor, each in own),
+            default=0,
         )
+        # Each part of a tensor may begin and end within a grain, and two cuts make two more parts.
+        slack_bytes = max(slack_bytes, 2 * GRAIN_BYTES * (len(own) + 2) + CUT_ROWS * widest)
     projections = _projection_values(spec)
     return ModelSizes(
-        layer_bytes=tuple(layer_bytes),
+        layer_bytes=tuple(sum(each.disk_bytes for _, each in own) for own in layers),
         layer_slack_bytes=slack_bytes,
         table_bytes=table_bytes,
-        decoded_ratio=item_bytes / file_item_bytes,
+        expert_bytes=tuple(expert_bytes),
+        one_expert_bytes=one_expert_bytes,
+        experts_picked=max(
+            (
+                layer.mlp.top_k / layer.mlp.num_experts
+                for layer in spec.layers
+                if isinstance(layer.mlp, Experts)
+            ),
+            default=0.0,
+        ),
+        decoded_ratio=ratio,
+        packed_scratch_bytes=packed_bytes,
+        expert_scratch_bytes=expert_packed_bytes,
         caches=_caches(spec, item_bytes),
         hidden_token_bytes=spec.hidden_size * item_bytes,
         work_token_bytes=max(_work_values(spec, layer) for layer in set(spec.layers)) * item_bytes,
@@ -61,9 +97,18 @@ def model_sizes(spec: ModelSpec, file_item_bytes: int, item_bytes: int) -> Model
         token_flops=flops_per_token(spec),
         crossing_token_bytes=max(_crossing_values(layer.attention) for layer in spec.layers)
         * item_bytes,
-        projection_bytes=projections * file_item_bytes,
+        projection_bytes=sum(
+            each.disk_bytes for own in layers for tensor, each in own if is_projection(tensor)
+        ),
         projection_flops=2 * projections,
         max_positions=spec.max_positions,
+    )
+
+
+def _scratch_bytes(sizes: Sequence[TensorSize]) -> int:
+    """What the numbers of packed tensors take, in whole grains of memory."""
+    return sum(
+        each.scratch_bytes + GRAIN_BYTES * (1 + CUT_ROWS) for each in sizes if each.scratch_bytes
     )
 
 

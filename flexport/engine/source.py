@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from flexport.checkpoint.directory import (
     Checkpoint,
+    Wanted,
     open_checkpoint,
     read_object,
     require,
@@ -17,16 +18,26 @@ from flexport.checkpoint.directory import (
     unexpected,
 )
 from flexport.demo import MODEL_DIR
+from flexport.engine.stored import PLAIN, Packing, Stored, TensorSize, find, read_packing
 from flexport.errors import CheckpointError, UnsupportedModel
 from flexport.models import ModelSpec, known_config, known_names, spec_of
 from flexport.models.spec import Layer, TensorSpec, layer_tensors, owned_tensors
 from flexport.records import FileTensor
+from flexport.units import VALUE_BYTES
 
 __all__ = ["Source", "open_source"]
 
 _log = logging.getLogger(__name__)
 
-IGNORED_SUFFIXES = ("lm_head.weight", ".attn.bias", ".masked_bias", "rotary_emb.inv_freq")
+IGNORED_SUFFIXES = (
+    "lm_head.weight",
+    "embed_out.weight",
+    ".attn.bias",
+    ".attn.causal_mask",
+    ".attention.bias",
+    ".masked_bias",
+    "rotary_emb.inv_freq",
+)
 """Tensors that published checkpoints carry along and that hold nothing of their own."""
 
 
@@ -40,15 +51,36 @@ class Source:
     """Where each tensor lies; None if the weights have to be made up first."""
     directory: Path | None
     """Where the tokenizer is."""
+    packing: Packing = PLAIN
+    """How the checkpoint packs its matrices, if it does."""
+
+    def stored(self, tensor: TensorSpec, files: Mapping[str, FileTensor]) -> Stored:
+        """How `files`, its own or made up ones, store a tensor."""
+        return find(tensor, files, self.packing).placed(files)
+
+    def size(self, tensor: TensorSpec, dtype: str) -> TensorSize:
+        """What a tensor takes where, if `dtype` is computed in."""
+        decoded_bytes = tensor.num_values * VALUE_BYTES[dtype]
+        if self.files is None:
+            return TensorSize(disk_bytes=decoded_bytes, near_bytes=decoded_bytes)
+        stored = self.stored(tensor, self.files)
+        if stored.is_packed:
+            return TensorSize(
+                disk_bytes=stored.num_bytes,
+                near_bytes=stored.num_bytes,
+                scratch_bytes=decoded_bytes,
+            )
+        return TensorSize(disk_bytes=stored.num_bytes, near_bytes=decoded_bytes)
 
     @property
     def file_dtype(self) -> str | None:
-        """The dtype of most of the weights, by bytes."""
+        """The dtype of most of the plain weights, by bytes."""
         if self.files is None:
             return None
         sizes: dict[str, int] = {}
         for file in self.files.values():
-            sizes[file.dtype] = sizes.get(file.dtype, 0) + file.num_bytes
+            if file.dtype in VALUE_BYTES:
+                sizes[file.dtype] = sizes.get(file.dtype, 0) + file.num_bytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def make_up(self, directory: Path, dtype: str, seed: int) -> dict[str, FileTensor]:
@@ -91,19 +123,21 @@ def open_source(
 ) -> Source:
     """The model asked for; None is the embedded demo. Reads configs and headers.
 
-    Weights are read only to see whether a head is the token table's copy. Raises CheckpointError and UnsupportedModel.
+    Of the weights it reads a head that may be the token table's copy, and nothing else. Raises
+    CheckpointError and UnsupportedModel.
     """
     if load_format == "dummy":
         return _dummy(model)
     checkpoint = open_checkpoint(str(MODEL_DIR) if model is None else model, revision)
     spec = _as_tied(spec_of(checkpoint.config, checkpoint.generation_config), checkpoint)
-    names: dict[str, tuple[int, ...]] = {}
+    packing = read_packing(checkpoint.config)
+    wanted: dict[str, Wanted] = {}
     for layer in range(spec.num_schedule_layers):
         for tensor in owned_tensors(spec, layer):
-            found = [name for name in tensor.names if name in checkpoint.tensors]
-            names[(found or tensor.names)[0]] = tensor.file_shape
-    files = require(checkpoint, names)
-    others = unexpected(checkpoint, names)
+            for part in find(tensor, checkpoint.tensors, packing).parts:
+                wanted[part.name] = Wanted(shape=part.in_file(tensor), dtypes=part.dtypes)
+    files = require(checkpoint, wanted)
+    others = unexpected(checkpoint, wanted)
     _tell_of(checkpoint, [name for name in others if name.startswith(spec.not_text)])
     extra = [
         name
@@ -119,6 +153,7 @@ def open_source(
         name="flexport-demo" if model is None else checkpoint.name,
         spec=spec,
         files=files,
+        packing=packing,
         directory=checkpoint.directory,
     )
 
@@ -161,7 +196,7 @@ def _dummy(model: str | None) -> Source:
     if config is None:
         raise CheckpointError(
             f"--load-format dummy knows no shapes of {model!r}: it is no directory with a "
-            f"config.json, and not one of {', '.join(known_names())}"
+            f"config.json, and not one of the {len(known_names())} models that `flexport models` lists"
         )
     return Source(name=model, spec=spec_of(config), files=None, directory=None)
 

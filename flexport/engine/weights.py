@@ -16,167 +16,29 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flexport.backend import Backend, PacksWeights
+from flexport.engine.experts import ExpertStream, ExpertWindow, Moving, will_pick_nearly_all
 from flexport.engine.host_compute import HostCompute
+from flexport.engine.shards import Bundle, Shard, decode
 from flexport.engine.transfer import to_device
-from flexport.models.spec import ModelSpec, TensorSpec, is_projection, owned_tensors
-from flexport.planner.footprint import layer_splits
-from flexport.policy import Split, Tier
-from flexport.records import FileTensor
-from flexport.store.place import Dealer
+from flexport.models.spec import Experts, ModelSpec, is_projection
+from flexport.planner.footprint import expert_window_bytes
+from flexport.policy import Tier
 from flexport.store.pool import Buffer, Pool
-from flexport.store.store import FileRun, Kept, Lease, Store
+from flexport.store.store import Kept, Lease, Store
 from flexport.torch_ops import as_tensor, torch_dtype
 
-__all__ = ["LayerLease", "ModelWeights", "Shard", "place_weights"]
+__all__ = ["LayerLease", "ModelWeights"]
 
-MERGE_BYTES = 8 << 10
-"""Ranges of a file closer than this are read as one. Reading them apart would take as much memory,
-each end being rounded to an aligned place."""
+_Stream = tuple[Bundle, Kept]
+"""What streams together, and where it is at home."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """Some rows of one tensor, at home on one tier."""
-
-    tensor: TensorSpec
-    file: FileTensor
-    begin: int
-    end: int
-    tier: Tier
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of these rows."""
-        return (self.end - self.begin, *self.tensor.shape[1:])
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row, as it lies in the file."""
-        return self.file.num_bytes // self.tensor.shape[0]
-
-    @property
-    def run(self) -> FileRun:
-        """Where its bytes lie."""
-        return FileRun(
-            path=self.file.path,
-            offset_bytes=self.file.offset_bytes + self.begin * self.row_bytes,
-            num_bytes=(self.end - self.begin) * self.row_bytes,
-        )
-
-
-def place_weights(
-    spec: ModelSpec,
-    files: Mapping[str, FileTensor],
-    split: Split,
-    *,
-    projections_on_host: bool = False,
-) -> list[list[Shard]]:
-    """The shards of each layer of the schedule, by the weight split.
-
-    With projections_on_host, what is on the host of a layer is first of all what the CPU can
-    multiply with.
-    """
-    found_layers = [
-        [
-            (tensor, _part_of(next(files[name] for name in tensor.names if name in files), tensor))
-            for tensor in tensors
-        ]
-        for tensors in (owned_tensors(spec, layer) for layer in range(spec.num_schedule_layers))
-    ]
-    sizes = [sum(file.num_bytes for _, file in found) for found in found_layers]
-    dealers: dict[Split, Dealer] = {}
-    layers = []
-    for found, own in zip(found_layers, layer_splits(sizes, split), strict=True):
-        dealer = dealers.setdefault(own, Dealer(own))
-        # Vectors first: they are the last that should stream, being used by every visit.
-        ordered = sorted(found, key=lambda pair: pair[0].kind not in ("norm", "bias"))
-        if projections_on_host:
-            ordered = _with_projections_after(ordered, own.device)
-        parts = dealer.cut([(f.shape[0], f.num_bytes // f.shape[0]) for _, f in ordered])
-        layers.append(
-            [
-                Shard(
-                    tensor=ordered[part.index][0],
-                    file=ordered[part.index][1],
-                    begin=part.begin,
-                    end=part.end,
-                    tier=part.tier,
-                )
-                for part in parts
-            ]
-        )
-    return layers
-
-
-def _with_projections_after(
-    ordered: Sequence[tuple[TensorSpec, FileTensor]], share: float
-) -> list[tuple[TensorSpec, FileTensor]]:
-    """The same, with query, key and value matrices right after the first `share` of the bytes."""
-    others = [pair for pair in ordered if not is_projection(pair[0])]
-    projections = [pair for pair in ordered if is_projection(pair[0])]
-    before_bytes = share * sum(file.num_bytes for _, file in ordered)
-    at = 0
-    while at < len(others) and before_bytes > 0:
-        before_bytes -= others[at][1].num_bytes
-        at += 1
-    return [*others[:at], *projections, *others[at:]]
-
-
-def _part_of(file: FileTensor, tensor: TensorSpec) -> FileTensor:
-    """The bytes of a tensor that is a slice of the file's."""
-    if tensor.slice_of is None:
-        return file
-    index, num_slices = tensor.slice_of
-    num_bytes = file.num_bytes // num_slices
-    return replace(
-        file,
-        offset_bytes=file.offset_bytes + index * num_bytes,
-        num_bytes=num_bytes,
-        shape=tensor.shape,
-    )
-
-
-class _Bundle:
-    """Shards of one layer that stream together, and where each lies in their bytes."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = sorted(shards, key=lambda s: (str(s.run.path), s.run.offset_bytes))
-        runs: list[FileRun] = []
-        self._places: list[tuple[int, int]] = []
-        for shard in self.shards:
-            run = shard.run
-            end = run.offset_bytes + run.num_bytes
-            if runs and runs[-1].path == run.path:
-                gap_bytes = run.offset_bytes - (runs[-1].offset_bytes + runs[-1].num_bytes)
-                if gap_bytes <= MERGE_BYTES:
-                    start = runs[-1].offset_bytes
-                    runs[-1] = FileRun(path=run.path, offset_bytes=start, num_bytes=end - start)
-                    self._places.append((len(runs) - 1, run.offset_bytes - start))
-                    continue
-            runs.append(run)
-            self._places.append((len(runs) - 1, 0))
-        self.runs = tuple(runs)
-
-    def views(self, bytes_B: Tensor, kept: Kept) -> list[tuple[Shard, Tensor]]:
-        """Each shard's values in the bundle's bytes, in the dtype of the file."""
-        return [
-            (
-                shard,
-                as_tensor(
-                    bytes_B,
-                    kept.starts_bytes[run] + offset_bytes,
-                    shard.shape,
-                    torch_dtype(shard.file.dtype),
-                ),
-            )
-            for shard, (run, offset_bytes) in zip(self.shards, self._places, strict=True)
-        ]
+_Parts = dict[str, list[tuple[int, Tensor]]]
+"""By slot, tensors on the device, each with the first row that it has of the whole."""
 
 
 class ModelWeights:
@@ -200,38 +62,52 @@ class ModelWeights:
         self._resident: list[dict[str, list[tuple[int, Tensor]]]] = [
             defaultdict(list) for _ in layers
         ]
-        self._streams: list[list[tuple[_Bundle, Kept]]] = [[] for _ in layers]
+        self._streams: list[list[_Stream]] = [[] for _ in layers]
         self.transposed = frozenset(
-            shard.tensor.slot for shards in layers for shard in shards if shard.tensor.transposed
+            shard.slot for shards in layers for shard in shards if shard.stored.transposed
         )
         """Slots of matrices that lie as (features in, features out), in whatever layer."""
-        self._projections: list[list[tuple[_Bundle, Kept]]] = [[] for _ in layers]
+        self._experts: list[dict[int, list[_Stream]]] = [defaultdict(list) for _ in layers]
+        """What streams of each expert."""
+        self._window: ExpertWindow | None = None
+        self._projections: list[list[_Stream]] = [[] for _ in layers]
         """Bundles that stay on the host while the CPU multiplies with them."""
         self._on_host: dict[Shard, Tensor] = {}
         for shards in layers:
             for shard in shards:
-                store.placed_bytes["weights", shard.tier] += shard.run.num_bytes
+                store.placed_bytes["weights", shard.tier] += shard.num_bytes
 
     def load(self) -> None:
-        """Read what is resident. Needs staging for one layer more than stays."""
+        """Read what is resident. Needs staging for one layer (or expert) more than stays."""
         for layer, shards in enumerate(self._shards):
-            self._store.label = f"layer {layer}"
-            self._load_layer(layer, shards)
+            by_expert: dict[int | None, list[Shard]] = defaultdict(list)
+            for shard in shards:
+                by_expert[shard.tensor.expert].append(shard)
+            for expert, own in by_expert.items():
+                self._store.label = f"layer {layer}"
+                self._load_shards(layer, expert, own)
+        moving = [[self.moving(own) for own in of_layer.values()] for of_layer in self._experts]
+        if any(moving):
+            num_bytes = (
+                expert_window_bytes([[each.device_bytes for each in own] for own in moving]),
+                expert_window_bytes([[each.host_bytes for each in own] for own in moving]),
+            )
+            decoded = max(each.decoded_bytes for own in moving for each in own)
+            self._window = ExpertWindow(self._store, num_bytes, decoded)
 
     def staging_bytes(self, layer: int, *, on_host: bool = False) -> tuple[int, int]:
         """Device and host bytes that fetching the layer takes, decoded copies included.
 
-        With `on_host`, the CPU multiplies with what it can.
+        Experts are not in it: they have memory of their own. With `on_host`, the CPU multiplies with what it can.
         """
-        device_bytes, host_bytes = 0, 0
-        for bundle, kept in self._streamed(layer, on_host):
-            for_device, for_host = self._store.staging_bytes(kept)
-            device_bytes += for_device + decoded_bytes(bundle.shards, self._dtype)
-            host_bytes += for_host
-        return device_bytes, host_bytes
+        moving = self.moving(self._streamed(layer, on_host))
+        return moving.device_bytes + moving.decoded_bytes, moving.host_bytes
 
-    def fetch(self, layer: int, host: HostCompute | None = None) -> LayerLease:
-        """Start streaming a layer; given a CPU, without what that multiplies with."""
+    def fetch(self, layer: int, host: HostCompute | None = None, num_tokens: int = 1) -> LayerLease:
+        """Start streaming a layer; given a CPU, without what that multiplies with.
+
+        Experts start early if the first visit's num_tokens tokens will pick nearly all of them.
+        """
         leases = [
             (bundle, kept, self._store.fetch(kept))
             for bundle, kept in self._streamed(layer, host is not None)
@@ -239,18 +115,24 @@ class ModelWeights:
         on_host: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         for bundle, _ in self._projections[layer] if host is not None else ():
             for shard in bundle.shards:
-                on_host[shard.tensor.slot].append((shard.begin, self._on_host[shard]))
-        return LayerLease(
+                on_host[shard.slot].append((shard.begin, self._on_host[shard]))
+        lease = LayerLease(
             self, self._store, self._resident[layer], leases, self._dtype, host, on_host
         )
+        if self._window is not None and self._experts[layer]:
+            lease.stream_experts(self._experts[layer], self._window)
+            experts = self.spec.layers[layer - 1].mlp
+            if isinstance(experts, Experts) and will_pick_nearly_all(experts, num_tokens):
+                lease.begin_experts()
+        return lease
 
-    def _streamed(self, layer: int, on_host: bool) -> list[tuple[_Bundle, Kept]]:
+    def _streamed(self, layer: int, on_host: bool) -> list[_Stream]:
         return [*self._streams[layer], *([] if on_host else self._projections[layer])]
 
     def rows(self, slot: str, ids_T: Tensor) -> Tensor:
         """Rows of a table, (T, F) on the device; `ids_T` is int64 in host memory."""
         layer = self.spec.head_layer if slot == "head.weight" else 0
-        shards = [shard for shard in self._shards[layer] if shard.tensor.slot == slot]
+        shards = [shard for shard in self._shards[layer] if shard.slot == slot]
         resident = dict(self._resident[layer].get(slot, []))
         if len(shards) == 1 and 0 in resident:
             return resident[0][to_device(self._backend, ids_T)]
@@ -268,15 +150,31 @@ class ModelWeights:
         if shard in self._on_host:
             values_RF = self._on_host[shard][rows_R]
         else:
-            raw_RB = self._store.read_rows(shard.run, shard.row_bytes, rows_R.tolist())
-            values_RF = raw_RB.view(torch_dtype(shard.file.dtype))
+            (run,) = shard.runs
+            raw_RB = self._store.read_rows(run, shard.row_bytes, rows_R.tolist())
+            values_RF = raw_RB.view(_dtype_of(shard))
         return to_device(self._backend, values_RF.to(self._dtype))
 
-    def _load_layer(self, layer: int, shards: Sequence[Shard]) -> None:
+    def moving(self, streams: Sequence[_Stream]) -> Moving:
+        """How some bundles stream."""
+        staging = [self._store.staging_bytes(kept) for _, kept in streams]
+        return Moving(
+            device_bytes=sum(for_device for for_device, _ in staging),
+            host_bytes=sum(for_host for _, for_host in staging),
+            decoded_bytes=sum(decoded_bytes(bundle.shards, self._dtype) for bundle, _ in streams),
+            start=lambda: [self._store.fetch(kept) for _, kept in streams],
+        )
+
+    def _load_shards(self, layer: int, expert: int | None, shards: Sequence[Shard]) -> None:
         near = {Tier.DEVICE, Tier.HOST} if self._store.unified else {Tier.DEVICE}
-        stays = [shard for shard in shards if shard.tier in near]
+        stays = [shard for shard in shards if shard.tier in near and not shard.stored.is_packed]
         if stays:
             self._make_resident(layer, stays)
+        own = self._streams[layer] if expert is None else self._experts[layer][expert]
+        packed = [shard for shard in shards if shard.tier in near and shard.stored.is_packed]
+        if packed:
+            bundle = Bundle(packed)
+            own.append((bundle, self._keep_on_device(bundle)))
         for tier in (Tier.HOST, Tier.DISK):
             away = [shard for shard in shards if shard.tier is tier and tier not in near]
             streams = [shard for shard in away if shard.tensor.kind != "table"]
@@ -287,32 +185,33 @@ class ModelWeights:
             streams = [shard for shard in streams if shard not in projections]
             keep = self._keep_on_host if tier is Tier.HOST else self._keep_in_files
             for shards_of, bundles in (
-                (streams, self._streams[layer]),
+                (streams, own),
                 (projections, self._projections[layer]),
             ):
                 if shards_of:
-                    bundle = _Bundle(shards_of)
+                    bundle = Bundle(shards_of)
                     bundles.append((bundle, keep(bundle)))
             if tables and tier is Tier.HOST:
-                self._keep_on_host(_Bundle(tables))
+                self._keep_on_host(Bundle(tables))
 
     def _is_projection(self, shard: Shard) -> bool:
         """Whether the CPU may multiply with the shard, as it lies."""
         return (
             self._cpu_projections
             and is_projection(shard.tensor)
-            and torch_dtype(shard.file.dtype) == self._dtype
+            and not shard.stored.is_packed
+            and _dtype_of(shard) == self._dtype
         )
 
     def _make_resident(self, layer: int, shards: Sequence[Shard]) -> None:
-        bundle = _Bundle(shards)
+        bundle = Bundle(shards)
         on_disk = self._store.keep_file("weights", bundle.runs)
         lease = self._store.fetch(on_disk)
         try:
             lease.ticket.wait()
-            for shard, view in bundle.views(lease.bytes_B, on_disk):
-                tensor = self._resident_tensor(shard, view)
-                self._resident[layer][shard.tensor.slot].append((shard.begin, tensor))
+            for shard, parts in bundle.views(lease.bytes_B, on_disk):
+                tensor = self._resident_tensor(shard, parts[0])
+                self._resident[layer][shard.slot].append((shard.first_row, tensor))
             self._backend.sync()
         finally:
             lease.release()
@@ -322,9 +221,9 @@ class ModelWeights:
         buffer = pool.take(view.numel() * self._dtype.itemsize)
         plain = as_tensor(buffer.bytes_B, 0, shard.shape, self._dtype).copy_(view)
         # A tied head is a table too, and a packed weight can't be read by rows.
-        is_table = self.spec.tied_head and shard.tensor.slot == "head.weight"
+        is_table = self.spec.tied_head and shard.slot == "head.weight"
         is_matrix = shard.tensor.kind == "matrix" and not is_table
-        if shard.tensor.transposed:
+        if shard.stored.transposed:
             plain = plain.T
         if not is_matrix or not isinstance(self._backend, PacksWeights):
             return plain
@@ -334,10 +233,29 @@ class ModelWeights:
             pool.reserve(buffer.num_bytes)
         return packed
 
-    def _keep_in_files(self, bundle: _Bundle) -> Kept:
+    def _keep_on_device(self, bundle: Bundle) -> Kept:
+        """Read a packed bundle into device memory, where it stays as it lies on disk."""
+        on_disk = self._store.keep_file("weights", bundle.runs)
+        buffer = self._store.device.take(on_disk.num_bytes)
+        lease = self._store.fetch(on_disk)
+        try:
+            lease.ticket.wait()
+            buffer.bytes_B[: on_disk.num_bytes].copy_(lease.bytes_B)
+            self._backend.sync()
+        finally:
+            lease.release()
+        return Kept(
+            kind="weights",
+            num_bytes=on_disk.num_bytes,
+            home=Tier.DEVICE,
+            buffer=buffer,
+            starts_bytes=on_disk.starts_bytes,
+        )
+
+    def _keep_in_files(self, bundle: Bundle) -> Kept:
         return self._store.keep_file("weights", bundle.runs)
 
-    def _keep_on_host(self, bundle: _Bundle) -> Kept:
+    def _keep_on_host(self, bundle: Bundle) -> Kept:
         """Read a bundle from its files into host memory, where it stays, as it lies on disk."""
         store = self._store
         on_disk = store.keep_file("weights", bundle.runs)
@@ -350,7 +268,11 @@ class ModelWeights:
             buffer=buffer,
             starts_bytes=on_disk.starts_bytes,
         )
-        self._on_host.update(bundle.views(buffer.bytes_B, kept))
+        self._on_host.update(
+            (shard, parts[0])
+            for shard, parts in bundle.views(buffer.bytes_B, kept)
+            if not shard.stored.is_packed
+        )
         return kept
 
 
@@ -359,8 +281,14 @@ def decoded_bytes(shards: Sequence[Shard], dtype: torch.dtype) -> int:
     return sum(
         Pool.rounded(math.prod(shard.shape) * dtype.itemsize)
         for shard in shards
-        if torch_dtype(shard.file.dtype) != dtype
+        if shard.stored.is_packed or _dtype_of(shard) != dtype
     )
+
+
+def _dtype_of(shard: Shard) -> torch.dtype:
+    """What the numbers of a shard that is not packed are stored as."""
+    assert shard.dtype is not None, shard
+    return torch_dtype(shard.dtype)
 
 
 class LayerLease:
@@ -371,7 +299,7 @@ class LayerLease:
         model: ModelWeights,
         store: Store,
         resident: Mapping[str, list[tuple[int, Tensor]]],
-        leases: Sequence[tuple[_Bundle, Kept, Lease]],
+        leases: Sequence[tuple[Bundle, Kept, Lease]],
         dtype: torch.dtype,
         host: HostCompute | None = None,
         on_host: Mapping[str, list[tuple[int, Tensor]]] | None = None,
@@ -386,26 +314,20 @@ class LayerLease:
         self._leases = leases
         self._dtype = dtype
         self._decoded: list[Buffer] = []
-        self._parts: dict[str, list[tuple[int, Tensor]]] | None = None
+        self._parts: _Parts | None = None
         """Parts of each tensor on the device, each with its first row, in their order."""
+        self._stream: ExpertStream | None = None
+        self._expert_streams: Mapping[int, Sequence[_Stream]] = {}
+        self.stays = False
+        """Whether another visit of the sweep will come."""
 
     def wait(self) -> None:
         """Order what is computed from now on after the streams, and decode what they brought."""
         if self._parts is not None:
             return
-        parts: dict[str, list[tuple[int, Tensor]]] = {
-            slot: list(tensors) for slot, tensors in self._resident.items()
-        }
-        for bundle, kept, lease in self._leases:
-            lease.ticket.wait()
-            for shard, view in bundle.views(lease.bytes_B, kept):
-                values = self._decode(view)
-                if shard.tensor.transposed:
-                    values = values.T
-                parts.setdefault(shard.tensor.slot, []).append((shard.begin, values))
-        self._parts = {
-            slot: sorted(tensors, key=lambda part: part[0]) for slot, tensors in parts.items()
-        }
+        parts = {slot: list(tensors) for slot, tensors in self._resident.items()}
+        self._arrive(parts, self._leases, self._decoded)
+        self._parts = parts
 
     join = wait
 
@@ -465,8 +387,63 @@ class LayerLease:
         return self._whole(f"{part}.weight")
 
     def experts(self, picked: Sequence[int]) -> Iterator[int]:
-        """The experts of `picked`, each when its parts can be used."""
-        yield from picked
+        """The experts of `picked`, each when its parts can be used, until the next is asked for."""
+        if self._stream is None:
+            yield from picked
+            return
+        window = self._stream.window
+        arrivals = self._stream.arrivals(picked, stay=self.stays)
+        for expert, leases in zip(picked, arrivals, strict=True):
+            streams = self._expert_streams.get(expert, ())
+            came = [(*stream, lease) for stream, lease in zip(streams, leases, strict=True)]
+            slots = {shard.slot for bundle, _, _ in came for shard in bundle.shards}
+            decoded_bytes = self._model.moving(streams).decoded_bytes
+            window.decoded.draw(decoded_bytes)
+            before = {slot: self._all().get(slot) for slot in slots}
+            decoded: list[Buffer] = []
+            try:
+                self._arrive(self._all(), came, decoded)
+                yield expert
+            finally:
+                self._give_back(decoded)
+                window.decoded.add(decoded_bytes)
+            for slot, parts in before.items():
+                if parts is None:
+                    del self._all()[slot]
+                else:
+                    self._all()[slot] = parts
+
+    def stream_experts(
+        self, streams: Mapping[int, Sequence[_Stream]], window: ExpertWindow
+    ) -> None:
+        """Some experts, or parts of them, come through the window."""
+        self._expert_streams = streams
+        self._stream = ExpertStream(
+            window,
+            {expert: self._model.moving(own) for expert, own in streams.items()},
+        )
+
+    def begin_experts(self) -> None:
+        """Let them come before they are picked."""
+        assert self._stream is not None, "no expert streams"
+        self._stream.begin()
+
+    def _arrive(
+        self,
+        parts: _Parts,
+        came: Sequence[tuple[Bundle, Kept, Lease]],
+        decoded: list[Buffer],
+    ) -> None:
+        """Add to `parts` what has come, decoded; order what is computed from now on after it."""
+        for bundle, kept, lease in came:
+            lease.ticket.wait()
+            for shard, views in bundle.views(lease.bytes_B, kept):
+                values = self._decode(shard, views, decoded)
+                if shard.stored.transposed:
+                    values = values.T
+                slot = shard.slot
+                own = [*parts.get(slot, ()), (shard.first_row, values)]
+                parts[slot] = sorted(own, key=lambda part: part[0])
 
     def _whole(self, slot: str) -> Tensor:
         parts = self._all()[slot]
@@ -482,9 +459,10 @@ class LayerLease:
     def release(self) -> None:
         """The sweep has left this layer."""
         self._parts = None
-        for buffer in self._decoded:
-            self._store.device.give_back(buffer)
-        self._decoded = []
+        self._give_back(self._decoded)
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
         for _, _, lease in self._leases:
             lease.release()
         self._leases = ()
@@ -493,12 +471,17 @@ class LayerLease:
         assert self._parts is not None, "the weights were not waited for"
         return self._parts
 
-    def _decode(self, view: Tensor) -> Tensor:
-        if view.dtype == self._dtype:
-            return view
-        buffer = self._store.device.take(view.numel() * self._dtype.itemsize)
-        self._decoded.append(buffer)
-        return as_tensor(buffer.bytes_B, 0, view.shape, self._dtype).copy_(view)
+    def _give_back(self, decoded: list[Buffer]) -> None:
+        for buffer in decoded:
+            self._store.device.give_back(buffer)
+        decoded.clear()
+
+    def _decode(self, shard: Shard, parts: Sequence[Tensor], decoded: list[Buffer]) -> Tensor:
+        if parts[0].dtype == self._dtype:
+            return parts[0]
+        buffer = self._store.device.take(math.prod(shard.shape) * self._dtype.itemsize)
+        decoded.append(buffer)
+        return decode(shard, parts, as_tensor(buffer.bytes_B, 0, shard.shape, self._dtype))
 
 
 def _side_by_side(pieces: list[tuple[int, Tensor]]) -> Tensor:

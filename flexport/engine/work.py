@@ -143,8 +143,9 @@ class JobWork:
         """Start what streams to the visit: its layer's weights if it is the first, its pages."""
         self._store.label = f"layer {visit.layer}"
         if visit.first:
+            num_tokens = sum(piece.num_tokens for piece in visit.pieces)
             self._layers[visit.sweep, visit.layer] = self._weights.fetch(
-                visit.layer, self._projecting(visit)
+                visit.layer, self._projecting(visit), num_tokens
             )
         for batch, piece in self._attending(visit):
             self._store.label = f"layer {visit.layer}, batch {batch.index}"
@@ -254,6 +255,7 @@ class JobWork:
             for batch, piece in parts
         ]
         own = self._spec.layers[visit.layer - 1]
+        layer.stays = not visit.last
         turns = self._turns.get(visit.pieces, _no_turns)
         x_TD = decoder_layer(self._spec, own, layer, x_TD, attend_to(pieces), turns)
         self._mark(x_TD)

@@ -20,12 +20,25 @@ class Config:
     """
 
     def __init__(
-        self, family: str, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+        self,
+        family: str,
+        values: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+        *,
+        also: Mapping[str, str] | None = None,
     ) -> None:
-        """`defaults` are those of the family's config class."""
+        """`defaults` are those of the family's config class.
+
+        `also` has other names of fields, each with the one by which it is asked for here. Raises
+        UnsupportedModel where a config has both and they differ.
+        """
         self.family = family
-        self._values = values
+        self._values = dict(values)
         self._defaults = defaults or {}
+        for other, name in (also or {}).items():
+            if values.get(other) is not None:
+                self.refuse_unless(name, values[other])
+                self._values[name] = values[other]
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
@@ -119,6 +132,23 @@ class Config:
         value = self._get(name, {})
         if not isinstance(value, Mapping):
             raise self._refused(name, "an object")
+        return value
+
+    def head_dim(self, hidden_size: int, num_heads: int) -> int:
+        """Features of a head where the heads share the hidden features out among them."""
+        if hidden_size % num_heads:
+            raise self.unsupported(
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}",
+                "one that is",
+            )
+        self.refuse_unless("head_dim", hidden_size // num_heads)
+        return hidden_size // num_heads
+
+    def kv_heads(self, name: str, default: int, num_heads: int) -> int:
+        """Key/value heads, each for as many of the query heads as any other."""
+        value = self.count(name, default)
+        if num_heads % value:
+            raise self.unsupported(f"{name} is {value}", f"a divisor of the {num_heads} heads")
         return value
 
     def within(self, label: str, values: Mapping[str, Any]) -> Config:

@@ -22,7 +22,15 @@ from torch import Tensor
 from flexport.models.experts import expert_mlps
 from flexport.models.ops import apply_norm, gated_mlp, rotate_
 from flexport.models.rope import Rope
-from flexport.models.spec import Attention, Experts, Fused, LatentAttention, Layer, ModelSpec
+from flexport.models.spec import (
+    Attention,
+    Experts,
+    Fused,
+    HeadNorm,
+    LatentAttention,
+    Layer,
+    ModelSpec,
+)
 
 __all__ = ["Attend", "Turns", "Weights", "decoder_layer", "embed", "head"]
 
@@ -149,19 +157,17 @@ def _attention(
     """What comes out of attention, (T, H * E)."""
     q_THE, k_TKE, v_TKE = _projected(attention, weights, h_TD)
     del h_TD
+    if not attention.norm_after_rope:
+        q_THE, k_TKE = _head_norms(attention.head_norm, weights, q_THE, k_TKE)
     if attention.clip is not None:
-        q_THE, k_TKE, v_TKE = (
-            x.clamp(-attention.clip, attention.clip) for x in (q_THE, k_TKE, v_TKE)
-        )
-    steps = ["norm", "turn"] if not attention.norm_after_rope else ["turn", "norm"]
-    for step in steps:
-        if step == "norm" and attention.head_norm is not None:
-            q_THE = _head_norm(attention, weights, q_THE, "q_norm")
-            k_TKE = _head_norm(attention, weights, k_TKE, "k_norm")
-        if step == "turn" and attention.rope is not None:
-            of_queries = attention.query_rope or attention.rope
-            rotate_(q_THE, *turns(of_queries), of_queries.interleaved)
-            rotate_(k_TKE, *turns(attention.rope), attention.rope.interleaved)
+        for x in (q_THE, k_TKE, v_TKE):
+            x.clamp_(-attention.clip, attention.clip)
+    if attention.rope is not None:
+        of_queries = attention.query_rope or attention.rope
+        rotate_(q_THE, *turns(of_queries), of_queries.interleaved)
+        rotate_(k_TKE, *turns(attention.rope), attention.rope.interleaved)
+    if attention.norm_after_rope:
+        q_THE, k_TKE = _head_norms(attention.head_norm, weights, q_THE, k_TKE)
     sinks_H = weights.vector("sinks.weight") if attention.sinks else None
     return attend(q_THE, k_TKE, v_TKE, sinks_H).reshape(len(q_THE), attention.out_size)
 
@@ -189,12 +195,18 @@ def _taken_apart(
     return q_THE, k_TKE, v_TKE
 
 
-def _head_norm(attention: Attention, weights: Weights, x_THE: Tensor, part: str) -> Tensor:
-    assert attention.head_norm is not None
-    over, norm = attention.head_norm.over, attention.head_norm.norm
-    if over == "all":
-        return apply_norm(norm, weights, x_THE.flatten(1), part).view(x_THE.shape)
-    return apply_norm(norm, weights, x_THE, part)
+def _head_norms(
+    head_norm: HeadNorm | None, weights: Weights, q_THE: Tensor, k_TKE: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys after their norms, if there are any."""
+    if head_norm is None:
+        return q_THE, k_TKE
+
+    def normed(x_THE: Tensor, part: str) -> Tensor:
+        x_TF = x_THE.flatten(1) if head_norm.over == "all" else x_THE
+        return apply_norm(head_norm.norm, weights, x_TF, part).view(x_THE.shape)
+
+    return normed(q_THE, "q_norm"), normed(k_TKE, "k_norm")
 
 
 def _latent_attention(

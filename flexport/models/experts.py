@@ -9,11 +9,13 @@ experts, R tokens that one expert takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flexport.models.ops import gated_mlp
 from flexport.models.spec import Experts, expert_slot
@@ -28,12 +30,13 @@ class _Weights(Protocol):
 
     def vector(self, slot: str) -> Tensor: ...
 
+    def matrix(self, part: str) -> Tensor: ...
+
     def experts(self, picked: Sequence[int]) -> Iterator[int]: ...
 
 
 def expert_mlps(experts: Experts, weights: _Weights, x_TD: Tensor) -> Tensor:
     """The sum of what the picked experts and the shared one make of each token: (T, D)."""
-    num_tokens = len(x_TD)
     picked_TA, shares_TA = picked_experts(experts, weights, x_TD)
     # One line for each pair of token and expert, expert by expert.
     order = picked_TA.flatten().argsort(stable=True)
@@ -49,29 +52,31 @@ def expert_mlps(experts: Experts, weights: _Weights, x_TD: Tensor) -> Tensor:
         part = slice(starts[expert], starts[expert + 1])
         mine_R = tokens[part]
         y_RD = gated_mlp(experts.mlp, weights, x_TD[mine_R], "expert_", expert_slot("", expert))
-        total_TD.index_add_(0, mine_R, y_RD.mul_(shares[part, None].to(y_RD.dtype)))
+        total_TD.index_add_(0, mine_R, y_RD.mul_(shares[part, None]))
     if experts.shared is not None:
         y_TD = gated_mlp(experts.shared, weights, x_TD, "shared_")
         if experts.shared_gate:
             y_TD *= torch.sigmoid(weights.linear(x_TD, "shared_router"))
         total_TD += y_TD
-    assert len(total_TD) == num_tokens
     return total_TD
 
 
 def picked_experts(experts: Experts, weights: _Weights, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """The experts that each token passes, and the share of each: both (T, A).
+    """The experts that each token passes, and the share of each, in float32: both (T, A).
 
-    Source: softmax and the best of all, arXiv:2101.03961; groups and sigmoids, arXiv:2405.04434
-    section 2.2 and arXiv:2412.19437 section 2.1.2.
+    All of it is in float32, the product included: among many experts, logits with the few bits of
+    a half-wide dtype are often equal, and which one is picked would be chance. Source: softmax and
+    the best of all, arXiv:2101.03961; groups and sigmoids, arXiv:2405.04434 section 2.2 and
+    arXiv:2412.19437 section 2.1.2.
     """
-    logits_TN = weights.linear(x_TD, "router").float()
+    bias_N = weights.vector("router.bias").float() if experts.router_bias else None
+    logits_TN = functional.linear(x_TD.float(), weights.matrix("router").float(), bias_N)
     scores_TN = logits_TN.sigmoid() if experts.scores == "sigmoid" else logits_TN.softmax(-1)
     ranks_TN = scores_TN
     if experts.correction:
         ranks_TN = scores_TN + weights.vector("router.correction").float()
     if experts.num_groups > 1:
-        ranks_TN = ranks_TN.masked_fill(~_in_best_groups(experts, ranks_TN), 0.0)
+        ranks_TN = ranks_TN.masked_fill(~_in_best_groups(experts, ranks_TN), -math.inf)
     picked_TA = ranks_TN.topk(experts.top_k, -1, sorted=False).indices
     shares_TA = scores_TN.gather(-1, picked_TA)
     if experts.normalised:

@@ -8,37 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from flexport.errors import UnsupportedModel
-from flexport.models import (
-    arcee,
-    cohere,
-    cohere2,
-    exaone4,
-    gemma,
-    gemma2,
-    gemma3_text,
-    glm,
-    glm4,
-    granite,
-    helium,
-    llama,
-    ministral,
-    ministral3,
-    mistral,
-    olmo2,
-    olmo3,
-    opt,
-    phi3,
-    qwen2,
-    qwen2_vl_text,
-    qwen3,
-    qwen3_vl_text,
-    seed_oss,
-    smollm3,
-)
 from flexport.models.config import Config
 from flexport.models.multimodal import MULTIMODAL, placed, text_config
 from flexport.models.spec import ModelSpec
@@ -50,34 +24,45 @@ GROUP = "flexport.models"
 SpecOf = Callable[[Mapping[str, Any]], ModelSpec]
 """Turns a Hugging Face config into a spec; raises UnsupportedModel, naming the field."""
 
-_OURS: dict[str, SpecOf] = {
-    "arcee": arcee.spec,
-    "cohere": cohere.spec,
-    "cohere2": cohere2.spec,
-    "exaone4": exaone4.spec,
-    "gemma": gemma.spec,
-    "gemma2": gemma2.spec,
-    "gemma3_text": gemma3_text.spec,
-    "glm": glm.spec,
-    "glm4": glm4.spec,
-    "granite": granite.spec,
-    "helium": helium.spec,
-    "llama": llama.spec,
-    "ministral": ministral.spec,
-    "ministral3": ministral3.spec,
-    "mistral": mistral.spec,
-    "olmo2": olmo2.spec,
-    "olmo3": olmo3.spec,
-    "opt": opt.spec,
-    "phi3": phi3.spec,
-    "qwen2": qwen2.spec,
-    "qwen2_5_vl_text": qwen2_vl_text.spec,
-    "qwen2_vl_text": qwen2_vl_text.spec,
-    "qwen3": qwen3.spec,
-    "qwen3_vl_text": qwen3_vl_text.spec,
-    "seed_oss": seed_oss.spec,
-    "smollm3": smollm3.spec,
-}
+_OURS = (
+    "arcee",
+    "bloom",
+    "codegen",
+    "cohere",
+    "cohere2",
+    "exaone4",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "granite",
+    "helium",
+    "llama",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mpt",
+    "olmo2",
+    "olmo3",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+"""Each a module of this package with a function `spec`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +90,8 @@ def spec_of(
     """The spec of a Hugging Face config, by its `model_type`.
 
     Of a model that reads images, too, it is the text part's. The ends in generation_config.json, if
-    it names any, win over the config's, as they do in transformers. Raises UnsupportedModel for a family or a feature that flexport does not know.
+    it names any, win over the config's, as they do in transformers. Raises UnsupportedModel for a
+    family or a feature that flexport does not know.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -127,7 +113,7 @@ def spec_of(
 def _spec_of_family(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
     for name, required in _OF_ALL.items():
         Config(model_type, config).refuse_unless(name, required)
-    build = _OURS.get(model_type) or _theirs(model_type)
+    build = _ours(model_type) if model_type in _OURS else _theirs(model_type)
     spec = build(config)
     if not isinstance(spec, ModelSpec):
         raise UnsupportedModel(
@@ -143,6 +129,11 @@ _OF_ALL: Mapping[str, object] = {
     "per_layer_config": {},
 }
 """Fields that any config may have, and the only values that can be run."""
+
+
+def _ours(model_type: str) -> SpecOf:
+    build: SpecOf = import_module(f"flexport.models.{model_type}").spec
+    return build
 
 
 def _theirs(model_type: str) -> SpecOf:

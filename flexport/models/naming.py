@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from flexport.models.spec import Activation
 
-__all__ = ["ACTIVATIONS", "LLAMA_PARTS", "checkpoint_names"]
+__all__ = ["ACTIVATIONS", "GPT_FIELDS", "LLAMA_PARTS", "checkpoint_names"]
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
@@ -18,6 +18,14 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
+
+GPT_FIELDS: Mapping[str, str] = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Config fields of GPT-2 and of what was made from its code, by the names that others have."""
 
 LLAMA_PARTS: Mapping[str, str] = {
     "tokens": "embed_tokens",
@@ -45,16 +53,17 @@ def checkpoint_names(
     prefixes: Sequence[str] = PREFIXES,
     *,
     tied_head: bool,
-    head: str = "lm_head",
+    heads: Sequence[str] = ("lm_head",),
 ) -> dict[str, tuple[str, ...]]:
-    """The names of a `ModelSpec`: each part behind each prefix, and the head.
+    """The names of a `ModelSpec`: each part behind each prefix, and what the head may be called.
 
     Of two names for a tied tensor a checkpoint may have kept either.
     """
     names = {part: tuple(prefix + name for prefix in prefixes) for part, name in parts.items()}
     if tied_head:
-        names["tokens"] += (head,)
+        names["tokens"] += tuple(heads)
         names["head"] = names["tokens"]
+        names["head.bias"] = tuple(f"{head}.bias" for head in heads)
     else:
-        names["head"] = (head,)
+        names["head"] = tuple(heads)
     return names

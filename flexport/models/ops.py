@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flexport.models.spec import Activation, Mlp, Norm
+from flexport.models.spec import Activation, ClampedSilu, Mlp, Norm
 
 __all__ = ["apply_norm", "gated_mlp", "rotate_"]
 
@@ -36,12 +36,13 @@ def apply_norm(norm: Norm, weights: _Weights, x_TF: Tensor, part: str) -> Tensor
             return functional.layer_norm(x_TF, size, weight_F, bias_F, norm.eps)
         return functional.layer_norm(x_TF, size, None, None, norm.eps).mul_(weight_F)
     wide_TF = x_TF.float()
-    wide_TF = wide_TF * torch.rsqrt(wide_TF.square().mean(-1, keepdim=True) + norm.eps)
-    if weight_F is None:
-        return wide_TF.to(x_TF.dtype)
-    if norm.plus_one:
-        return wide_TF.mul_(weight_F.float() + 1).to(x_TF.dtype)
-    return wide_TF.to(x_TF.dtype).mul_(weight_F)
+    length_T1 = torch.linalg.vector_norm(wide_TF, dim=-1, keepdim=True)
+    factor_T1 = torch.rsqrt(length_T1.square_().div_(size[0]).add_(norm.eps))
+    if norm.plus_one and weight_F is not None:
+        return (wide_TF * factor_T1).mul_(weight_F.float() + 1).to(x_TF.dtype)
+    # Written in its own dtype at once: a pass over memory less.
+    normed_TF = torch.mul(wide_TF, factor_T1, out=torch.empty_like(x_TF))
+    return normed_TF if weight_F is None else normed_TF.mul_(weight_F)
 
 
 def rotate_(x_THE: Tensor, cos_T1P: Tensor, sin_T1P: Tensor, interleaved: bool) -> None:
@@ -55,10 +56,9 @@ def rotate_(x_THE: Tensor, cos_T1P: Tensor, sin_T1P: Tensor, interleaved: bool) 
         a_THP, b_THP = turning_THF[..., ::2], turning_THF[..., 1::2]
     else:
         a_THP, b_THP = turning_THF[..., :num_pairs], turning_THF[..., num_pairs:]
-    new_a_THP = a_THP * cos_T1P - b_THP * sin_T1P
-    new_b_THP = b_THP * cos_T1P + a_THP * sin_T1P
+    new_a_THP = (a_THP * cos_T1P).addcmul_(b_THP, sin_T1P, value=-1)
+    b_THP.copy_((b_THP * cos_T1P).addcmul_(a_THP, sin_T1P))
     a_THP.copy_(new_a_THP)
-    b_THP.copy_(new_b_THP)
 
 
 def gated_mlp(
@@ -83,19 +83,17 @@ def gated_mlp(
     return weights.linear(h_TM, f"{prefix}down{suffix}")
 
 
-CLAMP, STEEPNESS = 7.0, 1.702
-"""Of gpt-oss's gate: arXiv:2508.10925, and its config's swiglu_limit and swiglu_alpha."""
-
-
-def _gated(gate_TM: Tensor, up_TM: Tensor, activation: Activation) -> Tensor:
-    if activation == "clamped_silu":
-        gate_TM, up_TM = gate_TM.clamp(max=CLAMP), up_TM.clamp(-CLAMP, CLAMP)
-        return (up_TM + 1) * (gate_TM * torch.sigmoid(gate_TM * STEEPNESS))
+def _gated(gate_TM: Tensor, up_TM: Tensor, activation: Activation | ClampedSilu) -> Tensor:
+    if isinstance(activation, ClampedSilu):
+        limit = activation.limit
+        gate_TM, up_TM = gate_TM.clamp(max=limit), up_TM.clamp(-limit, limit)
+        return (up_TM + 1) * (gate_TM * torch.sigmoid(gate_TM * activation.steepness))
     return _activated_(gate_TM, activation).mul_(up_TM)
 
 
-def _activated_(x_TM: Tensor, activation: Activation) -> Tensor:
+def _activated_(x_TM: Tensor, activation: Activation | ClampedSilu) -> Tensor:
     """The activation of x, in x's own memory where torch can."""
+    assert not isinstance(activation, ClampedSilu), "clamped, and without a gate"
     if activation == "relu":
         return torch.relu_(x_TM)
     if activation == "relu_squared":

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexport.errors import UnsupportedModel
 from flexport.models.config import Config
 from flexport.models.naming import ACTIVATIONS, checkpoint_names
 from flexport.models.spec import Attention, Layer, Mlp, ModelSpec, Norm
@@ -51,17 +50,12 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
 
     hidden_size = fields.count("hidden_size", 768)
     num_heads = fields.count("num_attention_heads", 12)
-    if hidden_size % num_heads:
-        raise UnsupportedModel(
-            f"opt config: hidden_size {hidden_size} is not a multiple of "
-            f"num_attention_heads {num_heads}"
-        )
+    head_dim = fields.head_dim(hidden_size, num_heads)
     norm_before = fields.flag("do_layer_norm_before", True)
     affine = fields.flag("layer_norm_elementwise_affine", True)
     bias = fields.flag("enable_bias", True)
     tied_head = fields.flag("tie_word_embeddings", True)
     max_positions = fields.count("max_position_embeddings", 2048)
-    head_dim = hidden_size // num_heads
     layer = Layer(
         attention=Attention(
             num_heads=num_heads,

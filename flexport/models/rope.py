@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from flexport.models.config import Config
 
-__all__ = ["Rope", "read_rope", "rope_fields"]
+__all__ = ["Rope", "plain_rope", "read_rope", "rope_fields"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +82,11 @@ class Dynamic:
         return _frequencies(self.base * stretch ** (size / (size - 2)), size)
 
 
+def plain_rope(num_features: int, *, base: float = 1e4, interleaved: bool = False) -> Rope:
+    """The rope of a model whose config knows no scalings: so many features of a head turn."""
+    return Rope(frequencies=_frequencies(base, num_features), interleaved=interleaved)
+
+
 def read_rope(
     config: Config,
     *,
@@ -97,14 +102,17 @@ def read_rope(
 
     Old configs have rope_theta, rope_scaling and partial_rotary_factor side by side, new ones all
     of it in rope_parameters, for each layer type if these differ. `share` is the part of a head that
-    turns where the config does not say. Raises UnsupportedModel for an unknown scaling.
+    turns where the config does not say. Raises UnsupportedModel for an unknown scaling, and for a
+    part that is no whole number of pairs.
     """
     given = rope_fields(config, layer_type)
     base = given.number("rope_theta", config.number(theta_name, default_theta))
     share = given.number("partial_rotary_factor", config.number("partial_rotary_factor", share))
     size = int(head_dim * share)
-    if size % 2 or not size:
-        raise config.unsupported(f"{size} features of a head turn", "an even number of them")
+    if size % 2 or not 0 < size <= head_dim:
+        raise config.unsupported(
+            f"{size} of a head's {head_dim} features turn", "an even number of a head's features"
+        )
     kind = given.word("rope_type", given.word("type", "default"))
     build = _SCALINGS.get(kind)
     if build is None:

@@ -21,6 +21,7 @@ from flexport.models.rope import Rope
 __all__ = [
     "Activation",
     "Attention",
+    "ClampedSilu",
     "Experts",
     "Fused",
     "HeadNorm",
@@ -33,6 +34,7 @@ __all__ = [
     "Norms",
     "TensorSpec",
     "attention_flops",
+    "distinct_layers",
     "expert_slot",
     "flops_per_token",
     "is_projection",
@@ -44,9 +46,8 @@ __all__ = [
     "owned_tensors",
 ]
 
-Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "silu", "clamped_silu"]
-"""relu; its square; gelu with the exact erf; gelu with the tanh approximation; x * sigmoid(x); gpt-oss's
-gate, which clamps both of its inputs and adds 1 to the one that it multiplies."""
+Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "silu"]
+"""relu; its square; gelu with the exact erf; gelu with the tanh approximation; x * sigmoid(x)."""
 
 Kind = Literal["matrix", "operand", "table", "norm", "bias"]
 """A matrix is what x is multiplied with, an operand one that other products need as it is; a table is
@@ -74,6 +75,8 @@ class HeadNorm:
     over: Literal["head", "each", "all"]
     """Of each head, with one weight for all of them or with weights of its own; or of all heads
     together."""
+    apart: bool = False
+    """In the checkpoint each head's own weights are a tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +111,7 @@ class Attention:
     head_norm: HeadNorm | None = None
     norm_after_rope: bool = False
     clip: float | None = None
-    """Projections are clipped to -clip .. clip."""
+    """Queries, keys and values are clipped to -clip .. clip before they turn."""
     window: int | None = None
     """Tokens that a query sees, itself included."""
     soft_cap: float | None = None
@@ -208,11 +211,23 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClampedSilu:
+    """gpt-oss's gate: (up + 1) * gate * sigmoid(steepness * gate), gate and up clamped first.
+
+    The gate is at most `limit`, up is within -limit .. limit.
+    """
+
+    limit: float
+    steepness: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mlp:
     """Two or three matrices and an activation: down(act(gate(x)) * up(x)), or down(act(up(x)))."""
 
     size: int
-    activation: Activation
+    activation: Activation | ClampedSilu
+    """Only a gated one can be clamped."""
     gated: bool = False
     fused: Literal["no", "halves", "pairs"] = "no"
     """Gate and up are one matrix: its first and its second half, or its even and its odd rows."""
@@ -289,6 +304,8 @@ class TensorSpec:
     """Which of a layer's experts it belongs to."""
     slice_of: tuple[int, int] | None = None
     """(i, n): it is the i-th of the n slices of the file's tensor, along its first dimension."""
+    row: int | None = None
+    """It is this row of its slot, whose rows are tensors of their own in the file."""
 
     @property
     def num_values(self) -> int:
@@ -298,6 +315,8 @@ class TensorSpec:
     @property
     def file_shape(self) -> tuple[int, ...]:
         """The shape of the file's tensor."""
+        if self.row is not None:
+            return self.shape[1:]
         return self.shape if self.slice_of is None else (self.slice_of[1], *self.shape)
 
 
@@ -320,7 +339,8 @@ class ModelSpec:
     pad_token_id: int | None
     names: Mapping[str, tuple[str, ...]] = field(hash=False, repr=False)
     """Checkpoint names of each part ("q", "tokens", …), without ".weight" and ".bias", or of a slot
-    ("router.bias"), in full. "{i}" is the decoder layer, "{e}" the expert, counted from 0."""
+    ("router.bias"), in full. "{i}" is the decoder layer, "{e}" the expert, "{h}" the head where heads
+    are apart, counted from 0."""
     embed_size: int = 0
     """Width of the token table; where it is not hidden_size, projections stand in between.
     0 is hidden_size."""
@@ -406,6 +426,16 @@ def is_projection(tensor: TensorSpec) -> bool:
 _FIRST_PARTS = ("q", "k", "v", "qkv", "q_down", "kv_down")
 
 
+def distinct_layers(spec: ModelSpec) -> dict[int, int]:
+    """Of decoder layers that are alike, the first one of the schedule and how many they are."""
+    first_of: dict[Layer, int] = {}
+    counts: dict[int, int] = {}
+    for index, layer in enumerate(spec.layers, start=1):
+        first = first_of.setdefault(layer, index)
+        counts[first] = counts.get(first, 0) + 1
+    return counts
+
+
 def expert_slot(part: str, expert: int) -> str:
     """The name of one expert's part, as slots have it."""
     return f"{part}@{expert}"
@@ -463,15 +493,28 @@ def _attention(
         yield from own.linear(part, (sizes[part], hidden), attention.bias, transposed=turned)
     if attention.head_norm is not None:
         for part, num_heads in (("q", attention.num_heads), ("k", attention.num_kv_heads)):
-            shape: tuple[int, ...] = {
-                "head": (attention.head_dim,),
-                "each": (num_heads, attention.head_dim),
-                "all": (num_heads * attention.head_dim,),
-            }[attention.head_norm.over]
-            yield from own.norm(f"{part}_norm", attention.head_norm.norm, shape)
+            shape = (num_heads, attention.head_dim)
+            yield from _head_norm(attention.head_norm, own, f"{part}_norm", shape)
     if attention.sinks:
         yield own.tensor("sinks.weight", (attention.num_heads,), "bias")
     yield from own.linear("out", (hidden, q_size), attention.out_bias, transposed=turned)
+
+
+def _head_norm(
+    head_norm: HeadNorm, own: _Names, part: str, shape: tuple[int, int]
+) -> Iterator[TensorSpec]:
+    """Of so many heads with so many features."""
+    num_heads, head_dim = shape
+    if head_norm.apart:
+        for head in range(num_heads):
+            yield from own.norm(part, head_norm.norm, (1, head_dim), row=head)
+        return
+    of_all: dict[str, tuple[int, ...]] = {
+        "head": (head_dim,),
+        "each": shape,
+        "all": (num_heads * head_dim,),
+    }
+    yield from own.norm(part, head_norm.norm, of_all[head_norm.over])
 
 
 def _latent_attention(
@@ -515,7 +558,9 @@ def _mlp(
 
 def _experts(spec: ModelSpec, experts: Experts, own: _Names) -> Iterator[TensorSpec]:
     num_experts = experts.num_experts
-    yield from own.linear("router", (num_experts, spec.hidden_size), experts.router_bias)
+    yield own.weight("router", (num_experts, spec.hidden_size), "operand")
+    if experts.router_bias:
+        yield own.tensor("router.bias", (num_experts,), "bias")
     if experts.correction:
         yield own.tensor("router.correction", (num_experts,), "bias")
     if experts.shared is not None:
@@ -543,11 +588,12 @@ class _Names:
         transposed: bool = False,
         expert: int | None = None,
         slice_of: tuple[int, int] | None = None,
+        row: int | None = None,
     ) -> TensorSpec:
         part, _, suffix = slot.rpartition(".")
         whole = self.spec.names.get(slot)
         templates = whole or tuple(f"{name}.{suffix}" for name in self.spec.names[part])
-        names = tuple(name.format(i=self.index, e=expert) for name in templates)
+        names = tuple(name.format(i=self.index, e=expert, h=row) for name in templates)
         if expert is not None:
             slot = f"{expert_slot(part, expert)}.{suffix}"
         return TensorSpec(
@@ -558,6 +604,7 @@ class _Names:
             transposed=transposed,
             expert=expert,
             slice_of=slice_of,
+            row=row,
         )
 
     def weight(self, part: str, shape: tuple[int, int], kind: Kind = "matrix") -> TensorSpec:
@@ -580,11 +627,13 @@ class _Names:
         if bias:
             yield self.tensor(f"{part}.bias", shape[:1], "bias", expert=expert, slice_of=slice_of)
 
-    def norm(self, part: str, norm: Norm, shape: tuple[int, ...]) -> Iterator[TensorSpec]:
+    def norm(
+        self, part: str, norm: Norm, shape: tuple[int, ...], row: int | None = None
+    ) -> Iterator[TensorSpec]:
         if norm.weight:
-            yield self.tensor(f"{part}.weight", shape, "norm")
+            yield self.tensor(f"{part}.weight", shape, "norm", row=row)
         if norm.bias:
-            yield self.tensor(f"{part}.bias", shape, "norm")
+            yield self.tensor(f"{part}.bias", shape, "norm", row=row)
 
 
 def layer_bytes(spec: ModelSpec, layer: int, item_bytes: float) -> int:
@@ -628,13 +677,16 @@ def attention_flops(spec: ModelSpec, layer: int, num_keys: int) -> int:
 
 def flops_per_token(spec: ModelSpec, num_keys: int = 0) -> int:
     """All multiplications and additions of one token that sees `num_keys` keys, head included."""
-    products = sum(layer_flops(spec, layer) for layer in range(spec.num_schedule_layers))
-    return products + sum(
-        attention_flops(spec, layer, num_keys) for layer in range(spec.num_layers)
+    ends = layer_flops(spec, 0) + layer_flops(spec, spec.head_layer)
+    return ends + sum(
+        count * (layer_flops(spec, layer) + attention_flops(spec, layer - 1, num_keys))
+        for layer, count in distinct_layers(spec).items()
     )
 
 
 def num_parameters(spec: ModelSpec) -> int:
     """Distinct values of the model; a tied head's table counts once."""
-    total = sum(layer_bytes(spec, layer, 1) for layer in range(spec.num_schedule_layers))
+    total = layer_bytes(spec, 0, 1) + layer_bytes(spec, spec.head_layer, 1)
+    for layer, count in distinct_layers(spec).items():
+        total += count * layer_bytes(spec, layer, 1)
     return total - spec.vocab_size * spec.embed_size if spec.tied_head else total

@@ -200,14 +200,15 @@ class _Sweeps:
         model, policy, rates = self.model, self.policy, self.rates
         mean_tokens = self.job.prompt_tokens + self.job.new_tokens / 2
         cache_bytes = rows * mean_tokens * model.cache_token_bytes
-        disk_bytes = policy.weights.disk * model.stream_bytes + policy.cache.disk * cache_bytes
+        stream_bytes = model.streamed_bytes(prompt_tokens + rows)
+        disk_bytes = policy.weights.disk * stream_bytes + policy.cache.disk * cache_bytes
         efficiency = product_tokens / (product_tokens + rates.half_rows)
         flops = (prompt_tokens + rows) * model.token_flops
         num_crossings = 0
         link_bytes = attended_on_host_bytes = host_s = 0.0
         if not self.unified:
             weights, cache = policy.weights, policy.cache
-            link_bytes = (weights.disk + weights.host) * model.stream_bytes
+            link_bytes = (weights.disk + weights.host) * stream_bytes
             far_bytes = (cache.disk + cache.host) * cache_bytes
             if policy.cpu_attention:
                 attended_on_host_bytes = far_bytes

@@ -19,6 +19,7 @@ __all__ = [
     "LayerCaches",
     "ModelSizes",
     "cache_row_bytes",
+    "expert_window_bytes",
     "footprint",
     "layer_splits",
     "page_tokens_for",
@@ -34,6 +35,10 @@ enough for a chunk of a long prompt not to move much more than itself."""
 
 SPILL_PAGE_TOKENS = 16
 """Columns of a page when some rows' cache is on disk: their newest page waits in memory."""
+
+EXPERT_WINDOW_BYTES = 256 << 20
+"""Memory through which experts stream, if two of them fit in it: enough for a link of 10 GB/s to be
+busy for 25 ms while the rest of a layer is computed."""
 
 GRAIN_BYTES = 4096
 """Memory and disk are handed out in multiples of this: a page of memory."""
@@ -77,6 +82,16 @@ class ModelSizes:
     """What whole rows and aligned buffers add to the parts of a layer, at most."""
     table_bytes: int
     """Of these, tables that are read by rows and never stream."""
+    expert_bytes: tuple[int, ...]
+    """Of each layer, what is experts'."""
+    one_expert_bytes: int
+    """The largest expert, in whole grains of memory."""
+    experts_picked: float
+    """Share of the experts that a token passes."""
+    packed_scratch_bytes: int
+    """The numbers that packed matrices of a layer become, experts left out, at most."""
+    expert_scratch_bytes: int
+    """The same of one expert."""
     decoded_ratio: float
     """Bytes of a weight in the dtype computed in for each byte on disk."""
     caches: tuple[LayerCaches, ...]
@@ -117,8 +132,18 @@ class ModelSizes:
 
     @property
     def stream_bytes(self) -> int:
-        """What a sweep streams if nothing is resident."""
+        """What a sweep streams if nothing is resident, and every expert is picked."""
         return self.weight_bytes - self.table_bytes
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a sweep's tokens pass each layer together, so that an expert moves once."""
+        return self.one_expert_bytes > 0
+
+    def streamed_bytes(self, num_tokens: float) -> float:
+        """The same for so many tokens, if they pick all experts equally often."""
+        left_out = (1 - self.experts_picked) ** num_tokens if self.has_experts else 0.0
+        return self.stream_bytes - left_out * sum(self.expert_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +238,12 @@ class Footprint:
         return (device_bytes + host_bytes, 0) if self.unified else (device_bytes, host_bytes)
 
 
+def expert_window_bytes(layers: Sequence[Sequence[int]]) -> int:
+    """Memory through which experts stream, given the sizes of each layer's streaming experts."""
+    largest = max((size for sizes in layers for size in sizes), default=0)
+    return min(max(map(sum, layers), default=0), max(2 * largest, EXPERT_WINDOW_BYTES))
+
+
 def page_tokens_for(policy: Policy, preferred: int) -> int:
     """Columns of a cache page: what the device prefers, or less where newest pages wait."""
     return min(preferred, SPILL_PAGE_TOKENS) if policy.cache.disk else preferred
@@ -298,11 +329,12 @@ def footprint(
     batch_rows = min(policy.batch_size, rows)
     visit_rows = batch_rows
     is_chunked = policy.sweep_tokens > 0 or job.prompt_tokens > policy.visit_tokens
-    if policy.sweep_tokens:
+    if policy.sweep_tokens or model.has_experts:
         visit_rows = max(batch_rows, min(rows, policy.prefill_tokens))
     num_batches = -(-rows // batch_rows)
     prompt_tokens = batch_rows * job.prompt_tokens
-    visit_tokens = max(visit_rows, min(policy.visit_tokens, prompt_tokens))
+    joined_tokens = rows * job.prompt_tokens if model.has_experts else prompt_tokens
+    visit_tokens = max(visit_rows, min(policy.visit_tokens, joined_tokens))
     if policy.sweep_tokens:
         # All of a sweep in one visit: its share of prompts, and the steps.
         sweep_prompts = min(rows * job.prompt_tokens, policy.sweep_tokens)
@@ -319,12 +351,8 @@ def footprint(
     host_ratio = ratio if unified else 1.0
     weights = _split(model.weight_bytes, policy.weights)
     slack_bytes = len(model.layer_bytes) * model.layer_slack_bytes
-    far_bytes, disk_bytes = _streamed(model, policy.weights, unified)
-    near_bytes = max(
-        own - away
-        for own, away in zip(model.layer_bytes, _far(model, policy, unified), strict=True)
-    )
-    load_bytes = round(near_bytes) + model.layer_slack_bytes if near_bytes > 0 else 0
+    far_bytes, disk_bytes = _streamed(model, policy, unified)
+    load_bytes = _load_bytes(model, policy, unified)
 
     row_bytes = cache_row_bytes(model, job, page_tokens)
     layer_row_bytes = _layer_row_bytes(model, job, page_tokens)
@@ -341,7 +369,7 @@ def footprint(
     states_far = policy.activations.disk + (0.0 if unified else policy.activations.host)
     # The states of this visit and the next one, and of two on their way home.
     states_bytes = 4 * _states_bytes(model, visit_tokens, states_far)
-    decoded_bytes = max(far_bytes) * ratio if ratio != 1 else 0.0
+    decoded_bytes = model.packed_scratch_bytes + (max(far_bytes) * ratio if ratio != 1 else 0.0)
     on_disk = 0.0 if unified and addressable else 1.0
     return Footprint(
         weights_bytes=(
@@ -356,8 +384,9 @@ def footprint(
         )[2],
         activation_bytes=_states_split(model, sweep_tokens, num_pieces, policy.activations),
         staging_bytes=(
-            round(_neighbours(far_bytes) + pages_bytes),
-            round(on_disk * (_neighbours(disk_bytes) + disk_pages_bytes)),
+            round(_neighbours(far_bytes) + pages_bytes) + _window_bytes(model, policy, unified),
+            round(on_disk * (_neighbours(disk_bytes) + disk_pages_bytes))
+            + (_window_bytes(model, policy, unified, from_disk=True) if on_disk else 0),
         ),
         behind_bytes=(
             round(drafts_bytes + states_bytes + decoded_bytes),
@@ -377,30 +406,85 @@ def footprint(
     )
 
 
-def _far(model: ModelSizes, policy: Policy, unified: bool) -> list[float]:
+def _away(model: ModelSizes, split: Split, unified: bool) -> list[float]:
     """Of each layer, the bytes that are at home where the device can't compute on them."""
     return [
         size * (each.disk + (0.0 if unified else each.host))
         for size, each in zip(
-            model.layer_bytes, layer_splits(model.layer_bytes, policy.weights), strict=True
+            model.layer_bytes, layer_splits(model.layer_bytes, split), strict=True
         )
     ]
 
 
-def _streamed(model: ModelSizes, split: Split, unified: bool) -> tuple[list[float], list[float]]:
-    """Of each layer, the bytes that stream to the device, and those that come from disk."""
+def _load_bytes(model: ModelSizes, policy: Policy, unified: bool) -> int:
+    """The most that is read at once of what stays: a layer without its experts, or one of these."""
+    most = 0.0
+    for size, experts, away in zip(
+        model.layer_bytes,
+        model.expert_bytes,
+        _away(model, policy.weights, unified),
+        strict=True,
+    ):
+        near = size - away
+        most = max(most, min(near, size - experts), min(near, model.one_expert_bytes))
+    return round(most) + model.layer_slack_bytes if most > 0 else 0
+
+
+def _streamed(model: ModelSizes, policy: Policy, unified: bool) -> tuple[list[float], list[float]]:
+    """Of each layer, the bytes that stream to the device, and those that come from disk.
+
+    Experts are left out, which have a window of their own. They are the last to stay.
+    """
+    split = policy.weights
     splits = layer_splits(model.layer_bytes, split)
     sizes = list(model.layer_bytes)
     sizes[0] -= model.table_bytes
+    away_bytes = [
+        min(size, away) for size, away in zip(sizes, _away(model, split, unified), strict=True)
+    ]
 
-    def streams(size: int, share: float) -> float:
-        return size * share + model.layer_slack_bytes if share > 0 else 0.0
+    def streams(size: int, experts: int, away: float, share: float) -> float:
+        if share <= 0:
+            return 0.0
+        dense = min(size - experts, away) if policy.cpu_projections else max(0.0, away - experts)
+        return min(dense, size * share) + model.layer_slack_bytes
 
-    disk = [streams(size, each.disk) for size, each in zip(sizes, splits, strict=True)]
-    if unified:
-        return disk, disk
-    host = [streams(size, each.host) for size, each in zip(sizes, splits, strict=True)]
-    return [sum(both) for both in zip(disk, host, strict=True)], disk
+    far, disk = [], []
+    for size, experts, away, each in zip(
+        sizes, model.expert_bytes, away_bytes, splits, strict=True
+    ):
+        far.append(streams(size, experts, away, each.disk + (0.0 if unified else each.host)))
+        disk.append(streams(size, experts, away, each.disk))
+    return far, disk
+
+
+def _window_bytes(
+    model: ModelSizes, policy: Policy, unified: bool, *, from_disk: bool = False
+) -> int:
+    """What experts stream through on the device; or on the host, those that come from disk."""
+    if not model.has_experts:
+        return 0
+    split = policy.weights
+    splits = layer_splits(model.layer_bytes, split)
+    away = [
+        size * each.disk if from_disk else own
+        for size, each, own in zip(
+            model.layer_bytes, splits, _away(model, split, unified), strict=True
+        )
+    ]
+    streaming = max(
+        min(own, experts) for own, experts in zip(away, model.expert_bytes, strict=True)
+    )
+    decoded = 0 if from_disk else model.expert_scratch_bytes
+    if streaming <= 0:
+        return decoded
+    one = model.one_expert_bytes
+    largest_share = streaming / max(model.expert_bytes)
+    num_experts = max(1, round(max(model.expert_bytes) / one))
+    all_bytes = math.ceil((largest_share * num_experts + CUT_ROWS) * one)
+    if model.decoded_ratio != 1 and not from_disk:
+        decoded += math.ceil(one * model.decoded_ratio)
+    return min(all_bytes, max(2 * one, EXPERT_WINDOW_BYTES)) + decoded
 
 
 def _neighbours(layer_bytes: Sequence[float]) -> float:

@@ -37,12 +37,17 @@ class WholeWeights:
 
     def __init__(self, spec: ModelSpec, layer: int, state: Mapping[str, Tensor]) -> None:
         self._tensors: dict[str, Tensor] = {}
+        rows: dict[str, list[Tensor]] = {}
         for tensor in layer_tensors(spec, layer):
             values = state[next(name for name in tensor.names if name in state)]
             assert values.shape == tensor.file_shape, (tensor, values.shape)
             if tensor.slice_of is not None:
                 values = values[tensor.slice_of[0]]
+            if tensor.row is not None:
+                assert tensor.row == len(rows.setdefault(tensor.slot, []))
+                rows[tensor.slot].append(values)
             self._tensors[tensor.slot] = values.T if tensor.transposed else values
+        self._tensors.update({slot: torch.stack(of_slot) for slot, of_slot in rows.items()})
 
     def linear(self, x_TD: Tensor, part: str) -> Tensor:
         weight_FD = self._tensors[f"{part}.weight"]
@@ -102,10 +107,7 @@ class RowTurns:
 def states_and_logits(source: Source, rows_L: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """All rows' states before each layer, and logits, laid end to end."""
     spec, lengths = source.spec, [len(row_L) for row_L in rows_L]
-    assert source.files is not None
-    state: dict[str, Tensor] = {}
-    for path in {file.path for file in source.files.values()}:
-        state.update(load_file(path))
+    state = _state(source)
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     turns = RowTurns(lengths)
 
@@ -117,6 +119,14 @@ def states_and_logits(source: Source, rows_L: Sequence[Tensor]) -> tuple[list[Te
         weights = WholeWeights(spec, index, state)
         x_TD = decoder_layer(spec, layer, weights, x_TD, attend, turns)
     return states, head(spec, WholeWeights(spec, spec.head_layer, state), x_TD)
+
+
+def _state(source: Source) -> dict[str, Tensor]:
+    assert source.files is not None
+    state: dict[str, Tensor] = {}
+    for path in {file.path for file in source.files.values()}:
+        state.update(load_file(path))
+    return state
 
 
 def draw_rows(vocab_size: int) -> list[Tensor]:
@@ -150,6 +160,19 @@ def test_ragged_rows_get_the_states_and_logits_that_transformers_gives_each_alon
         torch.testing.assert_close(state_TD, theirs_TD, rtol=TOLERANCE, atol=TOLERANCE)
     theirs_TV = torch.cat([out.logits[0] for out in expected])
     torch.testing.assert_close(logits_TV, theirs_TV, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_the_head_leaves_the_hidden_states_as_they_were(variant, tmp_path):
+    make(variant, tmp_path)
+    source = open_source(str(tmp_path), None, "auto")
+    weights = WholeWeights(source.spec, source.spec.head_layer, _state(source))
+    x_TD = torch.randn(5, source.spec.hidden_size)
+    before_TD = x_TD.clone()
+
+    head(source.spec, weights, x_TD)
+
+    assert torch.equal(x_TD, before_TD)
 
 
 def test_the_layers_own_every_tensor_of_the_checkpoint_once(variant, tmp_path):

@@ -39,6 +39,55 @@ OPT_SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 
+GPT_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+GPTJ_SIZES: dict[str, Any] = {**GPT_SIZES, "rotary_dim": 4}
+
+NEOX_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+
+BLOOM_SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4}
+
+FALCON_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+FALCON_40B: dict[str, Any] = {"new_decoder_architecture": True, "num_kv_heads": 2}
+
+# transformers rounds ALiBi's slopes to bfloat16, which leaves those of 4 heads as they are.
+FALCON_RW: dict[str, Any] = {
+    "alibi": True,
+    "multi_query": False,
+    "parallel_attn": False,
+    "bias": True,
+}
+
+MPT_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "d_model": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "max_seq_len": 64,
+}
+
 GEMMA_SIZES: dict[str, Any] = {**LLAMA_SIZES, "head_dim": 12, "query_pre_attn_scalar": 20}
 
 OWN_HEAD: dict[str, Any] = {"tie_word_embeddings": False}
@@ -48,6 +97,11 @@ TIED_HEAD: dict[str, Any] = {"tie_word_embeddings": True}
 def rope(kind: str, **fields: Any) -> dict[str, Any]:
     """Rotary positions, as configs ask for them."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **fields}}
+
+
+def mpt_attention(**fields: Any) -> dict[str, Any]:
+    """What MPT's configs say of attention."""
+    return {"attn_config": fields}
 
 
 def windows(size: int, *which: int) -> dict[str, Any]:
@@ -445,6 +499,128 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "head of its own": OWN_HEAD,
             "gelu by tanh": {"activation_function": "gelu_new"},
             "silu": {"activation_function": "silu"},
+        },
+    ),
+    "gpt2": (
+        GPT_SIZES,
+        {
+            "small": {},
+            "scale by layer": {"scale_attn_by_inverse_layer_idx": True},
+            "no scale, relu": {"scale_attn_weights": False, "activation_function": "relu"},
+            "narrow mlp, head of its own": {"n_inner": 40, **OWN_HEAD},
+            "upcast": {"reorder_and_upcast_attn": True, "layer_norm_epsilon": 1e-3},
+        },
+    ),
+    "gptj": (
+        GPTJ_SIZES,
+        {
+            "6b": {},
+            "all of a head turns": {"rotary_dim": 8},
+            "wide mlp, tied head": {"n_inner": 144, **TIED_HEAD},
+            "uneven share": {"n_embd": 48, "rotary_dim": 10, "activation_function": "gelu"},
+        },
+    ),
+    "codegen": (
+        GPTJ_SIZES,
+        {
+            "350m": {},
+            "two heads a core": {"n_embd": 64, "n_head": 8, "rotary_dim": 6},
+            "narrow mlp, tied head": {"n_inner": 40, **TIED_HEAD},
+        },
+    ),
+    "gpt_neox": (
+        NEOX_SIZES,
+        {
+            "20b": {},
+            "one after the other": {"use_parallel_residual": False},
+            "no attention biases": {"attention_bias": False},
+            "tied head, gelu by tanh": {**TIED_HEAD, "hidden_act": "gelu_fast"},
+            "all of a head turns": rope("default", partial_rotary_factor=1.0),
+            "linear rope, other base": {
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "rope_theta": 5e3,
+                    "factor": 4.0,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+        },
+    ),
+    "bloom": (
+        BLOOM_SIZES,
+        {
+            "560m": {},
+            "176b (heads no power of two)": {"hidden_size": 56, "n_head": 7},
+            "head of its own": OWN_HEAD,
+        },
+    ),
+    "falcon": (
+        FALCON_SIZES,
+        {
+            "7b": {},
+            "7b with biases, untied": {"bias": True, **OWN_HEAD},
+            "40b": FALCON_40B,
+            "11b (one norm)": {**FALCON_40B, "num_ln_in_parallel_attn": 1, **OWN_HEAD},
+            "180b with biases": {**FALCON_40B, "bias": True, "activation": "gelu_new"},
+            "rw-1b": FALCON_RW,
+            "rw, parallel": {**FALCON_RW, "parallel_attn": True, "bias": False},
+            "rotary, all key heads": {"multi_query": False, "ffn_hidden_size": 80},
+            "7b with alibi, one after the other": {
+                "alibi": True,
+                "parallel_attn": False,
+                "layer_norm_epsilon": 1e-3,
+            },
+            "7b, linear rope": rope("linear", factor=4.0),
+        },
+    ),
+    "mpt": (
+        MPT_SIZES,
+        {
+            "7b": {},
+            "storywriter (clipped)": mpt_attention(clip_qkv=0.5),
+            "heads no power of two": {"d_model": 48, "n_heads": 6},
+            "scaled otherwise, head of its own": {**mpt_attention(softmax_scale=0.2), **OWN_HEAD},
+        },
+    ),
+    "phi": (
+        NEOX_SIZES,
+        {
+            "1.5": {},
+            "grouped heads, tied head": {"num_key_value_heads": 2, **TIED_HEAD},
+            "norms of heads": {"qk_layernorm": True},
+            "all of a head turns, gelu": {
+                **rope("default", partial_rotary_factor=1.0),
+                "hidden_act": "gelu",
+            },
+        },
+    ),
+    "stablelm": (
+        {**NEOX_SIZES, "num_key_value_heads": 4},
+        {
+            "3b": {},
+            "2-1.6b": {"use_qkv_bias": True},
+            "2-12b": {
+                "num_key_value_heads": 2,
+                "qk_layernorm": True,
+                "use_parallel_residual": True,
+            },
+            "tied head, half of a head turns": {
+                **rope("default", partial_rotary_factor=0.5),
+                **TIED_HEAD,
+            },
+            "norms of heads, gelu": {"qk_layernorm": True, "hidden_act": "gelu"},
+        },
+    ),
+    "starcoder2": (
+        {**NEOX_SIZES, "num_key_value_heads": 2},
+        {
+            "no window": {},
+            "3b": {
+                "sliding_window": 9,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+            },
+            "no biases, untied": {"use_bias": False, **OWN_HEAD},
+            "wide heads, gelu": {"head_dim": 12, "hidden_act": "gelu"},
         },
     ),
 }

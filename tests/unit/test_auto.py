@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexport.engine.plan import model_sizes
+from flexport.engine.stored import TensorSize
 from flexport.errors import DoesNotFit
 from flexport.models import known_config, spec_of
 from flexport.planner.auto import (
@@ -25,7 +26,11 @@ from flexport.policy import Budgets, Policy, Split
 from flexport.units import parse_bytes
 
 MIB = 1 << 20
-MODEL = model_sizes(spec_of(known_config("facebook/opt-1.3b") or {}), 2, 2)
+MODEL = model_sizes(
+    spec_of(known_config("facebook/opt-1.3b") or {}),
+    lambda tensor: TensorSize.plain(tensor, 2, 2),
+    2,
+)
 PAGE_TOKENS = 64
 
 JOBS = st.builds(

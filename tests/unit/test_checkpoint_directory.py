@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from flexport.checkpoint import Checkpoint, open_checkpoint, require, unexpected
+from flexport.checkpoint import Checkpoint, Wanted, open_checkpoint, require, unexpected
 from flexport.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
@@ -150,7 +150,15 @@ def test_missing_misshapen_and_non_float_tensors_are_in_one_error(tmp_path: Path
     checkpoint = open_checkpoint(str(tmp_path))
 
     with pytest.raises(CheckpointError) as caught:
-        require(checkpoint, {"good": (2,), "bent": [3, 2], "whole": (2,), "gone": (4, 4)})
+        require(
+            checkpoint,
+            {
+                "good": Wanted(shape=(2,)),
+                "bent": Wanted(shape=(3, 2)),
+                "whole": Wanted(shape=(2,)),
+                "gone": Wanted(shape=(4, 4)),
+            },
+        )
 
     assert str(caught.value).splitlines()[1:] == [
         "  - bent: has shape (2, 3), should have (3, 2)",
@@ -161,7 +169,7 @@ def test_missing_misshapen_and_non_float_tensors_are_in_one_error(tmp_path: Path
 
 def test_what_nobody_asked_for_is_told_apart(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(_make(tmp_path, {"model.safetensors": ["b", "a", "x", "w"]})))
-    wanted = {"a": (2, 3), "b": [2, 3]}
+    wanted = {"a": Wanted(shape=(2, 3)), "b": Wanted(shape=(2, 3))}
 
     found = require(checkpoint, wanted)
 

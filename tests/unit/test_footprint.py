@@ -9,11 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexport.engine.plan import model_sizes
+from flexport.engine.stored import TensorSize
 from flexport.models import known_config, spec_of
 from flexport.planner.footprint import JobSizes, footprint, layer_splits
 from flexport.policy import Policy, Split
 
-MODEL = model_sizes(spec_of(known_config("facebook/opt-1.3b") or {}), 2, 2)
+MODEL = model_sizes(
+    spec_of(known_config("facebook/opt-1.3b") or {}),
+    lambda tensor: TensorSize.plain(tensor, 2, 2),
+    2,
+)
 JOB = JobSizes(prompt_tokens=128, new_tokens=32)
 PAGE_TOKENS = 64
 ON_DISK = Split(device=0, disk=1)

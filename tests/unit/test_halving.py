@@ -8,15 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexport.engine.plan import model_sizes
+from flexport.engine.stored import TensorSize
 from flexport.models import known_config, spec_of
 from flexport.planner.footprint import JobSizes, LayerCaches, footprint
 from flexport.planner.halving import halved, left_over
 from flexport.policy import Budgets, Policy, Split
 
-MODEL = model_sizes(spec_of(known_config("facebook/opt-125m") or {}), 2, 2)
+MODEL = model_sizes(
+    spec_of(known_config("facebook/opt-125m") or {}),
+    lambda tensor: TensorSize.plain(tensor, 2, 2),
+    2,
+)
 TINY = replace(
     MODEL,
     layer_bytes=(9000, 7000, 7000, 9000),
+    expert_bytes=(0, 0, 0, 0),
     caches=(LayerCaches(num_layers=2, plane_token_bytes=128),),
     hidden_token_bytes=128,
 )
