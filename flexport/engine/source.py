@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -138,16 +138,20 @@ def open_source(
                 wanted[part.name] = Wanted(shape=part.in_file(tensor), dtypes=part.dtypes)
     files = require(checkpoint, wanted)
     others = unexpected(checkpoint, wanted)
-    _tell_of(checkpoint, [name for name in others if name.startswith(spec.not_text)])
-    extra = [
-        name
-        for name in others
-        if not name.startswith(spec.not_text) and not name.endswith(IGNORED_SUFFIXES)
-    ]
+    unused = [name for name in others if name.startswith(spec.unused)]
+    extra = [n for n in set(others) - set(unused) if not n.endswith(IGNORED_SUFFIXES)]
     if extra:
         raise UnsupportedModel(
             f"{checkpoint.name} has {len(extra)} tensors that its family {spec.family!r} has no "
-            f"place for, e.g. {', '.join(extra[:5])}; computing without them would be wrong"
+            f"place for, e.g. {', '.join(sorted(extra)[:5])}; computing without them would be wrong"
+        )
+    if unused:
+        beginnings = [start.rstrip(".") for start in spec.unused if _any_begins(unused, start)]
+        _log.warning(
+            "%s: leaving out %d tensors, of which text makes no use (%s)",
+            checkpoint.name,
+            len(unused),
+            ", ".join(beginnings),
         )
     return Source(
         name="flexport-demo" if model is None else checkpoint.name,
@@ -175,15 +179,8 @@ def _as_tied(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     return replace(spec, tied_head=False, names=own)
 
 
-def _tell_of(checkpoint: Checkpoint, not_text: list[str]) -> None:
-    if not_text:
-        parts = sorted({name.removeprefix("model.").split(".")[0] for name in not_text})
-        _log.warning(
-            "%s: running its text part; %d tensors of other parts (%s) are left out",
-            checkpoint.name,
-            len(not_text),
-            ", ".join(parts),
-        )
+def _any_begins(names: Sequence[str], start: str) -> bool:
+    return any(name.startswith(start) for name in names)
 
 
 def _dummy(model: str | None) -> Source:

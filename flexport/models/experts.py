@@ -73,7 +73,7 @@ def picked_experts(experts: Experts, weights: _Weights, x_TD: Tensor) -> tuple[T
     logits_TN = functional.linear(x_TD.float(), weights.matrix("router").float(), bias_N)
     scores_TN = logits_TN.sigmoid() if experts.scores == "sigmoid" else logits_TN.softmax(-1)
     ranks_TN = scores_TN
-    if experts.correction:
+    if experts.correction != "no":
         ranks_TN = scores_TN + weights.vector("router.correction").float()
     if experts.num_groups > 1:
         ranks_TN = ranks_TN.masked_fill(~_in_best_groups(experts, ranks_TN), -math.inf)

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from flexport.models.spec import Activation
 
-__all__ = ["ACTIVATIONS", "GPT_FIELDS", "LLAMA_PARTS", "checkpoint_names"]
+__all__ = [
+    "ACTIVATIONS",
+    "EXPERT_PARTS",
+    "GPT_FIELDS",
+    "LLAMA_PARTS",
+    "PREFIXES",
+    "checkpoint_names",
+]
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
@@ -43,6 +50,19 @@ LLAMA_PARTS: Mapping[str, str] = {
     "down": "layers.{i}.mlp.down_proj",
 }
 """Llama's names, from which most families differ by a few."""
+
+EXPERT_PARTS: Mapping[str, str] = {
+    **LLAMA_PARTS,
+    "router": "layers.{i}.mlp.gate",
+    "router.correction": "layers.{i}.mlp.gate.e_score_correction_bias",
+    "expert_gate": "layers.{i}.mlp.experts.{e}.gate_proj",
+    "expert_up": "layers.{i}.mlp.experts.{e}.up_proj",
+    "expert_down": "layers.{i}.mlp.experts.{e}.down_proj",
+    "shared_gate": "layers.{i}.mlp.shared_experts.gate_proj",
+    "shared_up": "layers.{i}.mlp.shared_experts.up_proj",
+    "shared_down": "layers.{i}.mlp.shared_experts.down_proj",
+}
+"""The same with experts, as DeepSeek and Qwen name them."""
 
 PREFIXES = ("model.", "")
 """Saved as a causal language model, or as the bare model."""

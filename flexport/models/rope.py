@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from flexport.models.config import Config
 
-__all__ = ["Rope", "plain_rope", "read_rope", "rope_fields"]
+__all__ = ["Rope", "plain_rope", "read_rope", "rope_fields", "score_scale"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +209,19 @@ def _yarn(asked: _Asked) -> Rope:
 
 def _mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def score_scale(config: Config) -> float:
+    """What latent attention multiplies its scale by where a rope is stretched (mscale_all_dim).
+
+    Sines and cosines can't carry it, since but a part of each head turns: arXiv:2405.04434,
+    section 3.1.3, and the code that DeepSeek published with its models.
+    """
+    given = rope_fields(config)
+    weight = given.number("mscale_all_dim", 0.0)
+    if not weight or given.word("rope_type", given.word("type", "default")) == "default":
+        return 1.0
+    return _mscale(given.number("factor"), weight) ** 2
 
 
 def _longrope(asked: _Asked) -> Rope:

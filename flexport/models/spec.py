@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from flexport.errors import UnsupportedModel
 from flexport.models.rope import Rope
 
 __all__ = [
@@ -257,8 +258,9 @@ class Experts:
     scale: float = 1.0
     """What scores are multiplied by in the end."""
     router_bias: bool = False
-    correction: bool = False
-    """A number is added to each expert's score when it is picked, and only then."""
+    correction: Literal["no", "vector", "row"] = "no"
+    """A number is added to each expert's score when it is picked, and only then. In the checkpoint
+    they are a vector, or the one row of a matrix."""
     num_groups: int = 1
     top_groups: int = 1
     """Experts are picked from the best groups, by the sum of a group's group_best best scores."""
@@ -269,6 +271,20 @@ class Experts:
     """An MLP that every token passes."""
     shared_gate: bool = False
     """Its output is multiplied by a sigmoid."""
+
+    def __post_init__(self) -> None:
+        of_group = self.num_experts / self.num_groups
+        if (
+            self.num_experts % self.num_groups
+            or self.top_groups > self.num_groups
+            or self.group_best > of_group
+            or self.top_k > self.top_groups * of_group
+        ):
+            raise UnsupportedModel(
+                f"{self.top_k} experts can't be picked from the {self.top_groups} best of "
+                f"{self.num_groups} groups of {of_group:g} experts, by the {self.group_best} best "
+                "of each"
+            )
 
 
 Norms = Literal["input", "output", "both", "sum"]
@@ -360,9 +376,8 @@ class ModelSpec:
     logit_scale: float = 1.0
     logit_cap: float | None = None
     """Logits become cap * tanh(logit / cap)."""
-    not_text: tuple[str, ...] = ()
-    """What names of a checkpoint's tensors begin with that are no part of this model, but of a
-    larger one that it is the text part of."""
+    unused: tuple[str, ...] = ()
+    """How names begin of tensors that a checkpoint has and that say nothing of the next token."""
 
     def __post_init__(self) -> None:
         if not self.embed_size:
@@ -561,8 +576,9 @@ def _experts(spec: ModelSpec, experts: Experts, own: _Names) -> Iterator[TensorS
     yield own.weight("router", (num_experts, spec.hidden_size), "operand")
     if experts.router_bias:
         yield own.tensor("router.bias", (num_experts,), "bias")
-    if experts.correction:
-        yield own.tensor("router.correction", (num_experts,), "bias")
+    if experts.correction != "no":
+        slice_of = (0, 1) if experts.correction == "row" else None
+        yield own.tensor("router.correction", (num_experts,), "bias", slice_of=slice_of)
     if experts.shared is not None:
         yield from _mlp(spec, experts.shared, own, "shared_")
         if experts.shared_gate:

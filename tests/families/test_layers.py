@@ -186,4 +186,4 @@ def test_the_layers_own_every_tensor_of_the_checkpoint_once(variant, tmp_path):
     owned = {name for tensor in tensors for name in tensor.names}
 
     saved = {name for path in tmp_path.glob("*.safetensors") for name in load_file(path)}
-    assert {name for name in saved if not name.startswith(spec.not_text)} <= owned
+    assert {name for name in saved if not name.startswith(spec.unused)} <= owned

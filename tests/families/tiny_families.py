@@ -89,6 +89,38 @@ MPT_SIZES: dict[str, Any] = {
 }
 
 GEMMA_SIZES: dict[str, Any] = {**LLAMA_SIZES, "head_dim": 12, "query_pre_attn_scalar": 20}
+MIXTRAL_SIZES: dict[str, Any] = {**LLAMA_SIZES, "num_local_experts": 5, "num_experts_per_tok": 2}
+
+QWEN_MOE_SIZES: dict[str, Any] = {
+    **LLAMA_SIZES,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+}
+
+GPT_OSS_SIZES: dict[str, Any] = {**MIXTRAL_SIZES, "head_dim": 12, "sliding_window": 6}
+
+BALANCED_SIZES: dict[str, Any] = {
+    **LLAMA_SIZES,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
+
+DEEPSEEK_SIZES: dict[str, Any] = {
+    **BALANCED_SIZES,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+}
+
+SHORT_YARN: dict[str, Any] = {"factor": 4.0, "original_max_position_embeddings": 16}
 
 OWN_HEAD: dict[str, Any] = {"tie_word_embeddings": False}
 TIED_HEAD: dict[str, Any] = {"tie_word_embeddings": True}
@@ -621,6 +653,136 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             },
             "no biases, untied": {"use_bias": False, **OWN_HEAD},
             "wide heads, gelu": {"head_dim": 12, "hidden_act": "gelu"},
+        },
+    ),
+    "mixtral": (
+        MIXTRAL_SIZES,
+        {
+            "the best two": {},
+            "a window, one expert, wide heads": {
+                "sliding_window": 7,
+                "num_experts_per_tok": 1,
+                "head_dim": 12,
+            },
+            "all experts, tied head": {"num_experts_per_tok": 5, **TIED_HEAD},
+        },
+    ),
+    "qwen2_moe": (
+        {**QWEN_MOE_SIZES, "shared_expert_intermediate_size": 28},
+        {
+            "a shared expert": {},
+            "shares of their sum, no biases": {"norm_topk_prob": True, "qkv_bias": False},
+            "experts in every second layer": {"decoder_sparse_step": 2},
+            "a layer without experts": {"mlp_only_layers": [1]},
+            "a window in the middle": {"use_sliding_window": True, **windows(5, 0, 1, 0)},
+        },
+    ),
+    "qwen3_moe": (
+        QWEN_MOE_SIZES,
+        {
+            "norms of each head": {},
+            "shares of their sum, biases": {"norm_topk_prob": True, "attention_bias": True},
+            "some layers without experts": {"decoder_sparse_step": 2, "mlp_only_layers": [2]},
+            "a window": {"use_sliding_window": True, "sliding_window": 6, "head_dim": 12},
+        },
+    ),
+    "olmoe": (
+        {key: value for key, value in QWEN_MOE_SIZES.items() if key != "moe_intermediate_size"},
+        {
+            "norms of all heads": {},
+            "clipped": {"clip_qkv": 0.7},
+            "shares of their sum, biases": {"norm_topk_prob": True, "attention_bias": True},
+        },
+    ),
+    "gpt_oss": (
+        GPT_OSS_SIZES,
+        {
+            "a window in every second layer": rope("yarn", truncate=False, **SHORT_YARN),
+            "its own rope": {},
+            "other layers, gate and bias": {
+                **windows(5, 0, 1, 1),
+                "swiglu_limit": 0.5,
+                "swiglu_alpha": 1.2,
+                "attention_bias": False,
+            },
+        },
+    ),
+    "granitemoe": (
+        MIXTRAL_SIZES,
+        {
+            "four multipliers": {
+                "embedding_multiplier": 3.0,
+                "attention_multiplier": 0.2,
+                "residual_multiplier": 0.4,
+                "logits_scaling": 2.0,
+            },
+            "tied head, biases": {"attention_bias": True, "num_experts_per_tok": 3, **TIED_HEAD},
+        },
+    ),
+    "deepseek_v2": (
+        DEEPSEEK_SIZES,
+        {
+            "lite": {
+                "q_lora_rank": None,
+                **rope("yarn", mscale=0.7, mscale_all_dim=0.8, **SHORT_YARN),
+            },
+            "the best groups": {
+                "topk_method": "group_limited_greedy",
+                "n_group": 4,
+                "topk_group": 2,
+                "first_k_dense_replace": 0,
+            },
+            "biases": {"attention_bias": True, "mlp_bias": True, "first_k_dense_replace": 2},
+        },
+    ),
+    "deepseek_v3": (
+        {**DEEPSEEK_SIZES, "n_group": 4, "topk_group": 2},
+        {
+            "the best groups": rope("yarn", mscale=1.0, mscale_all_dim=1.0, **SHORT_YARN),
+            "one group, halves": {"n_group": 1, "topk_group": 1, "rope_interleave": False},
+            "scores as they are, biases": {
+                "norm_topk_prob": False,
+                "attention_bias": True,
+                "n_shared_experts": 1,
+            },
+            "queries as they are": {
+                "q_lora_rank": None,
+                **rope("linear", factor=2.0, mscale_all_dim=0.5),
+            },
+        },
+    ),
+    "glm4_moe": (
+        {**BALANCED_SIZES, "n_group": 4, "topk_group": 2},
+        {
+            "half of a head turns": {},
+            "norms of each head, biases": {"use_qk_norm": True, "attention_bias": True},
+            "one group, all layers with experts": {
+                "n_group": 1,
+                "topk_group": 1,
+                "first_k_dense_replace": 0,
+                "norm_topk_prob": False,
+            },
+        },
+    ),
+    "dots1": (
+        BALANCED_SIZES,
+        {
+            "norms of each head": {},
+            "windows in the last layers": {"sliding_window": 6, "max_window_layers": 1},
+            "shares of their sum, biases": {"norm_topk_prob": True, "attention_bias": True},
+        },
+    ),
+    "ernie4_5_moe": (
+        {**LLAMA_SIZES, "moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 20},
+        {
+            "shared experts": {},
+            "none shared, own head": {
+                "moe_num_shared_experts": 0,
+                "moe_layer_start_index": 0,
+                "moe_layer_end_index": 1,
+                **OWN_HEAD,
+            },
+            "experts in every second layer": {"moe_layer_interval": 2},
         },
     ),
 }

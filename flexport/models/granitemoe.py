@@ -1,0 +1,53 @@
+"""Granite 3's small experts (`model_type` "granitemoe").
+
+Granite's four multipliers, and experts whose matrices are one tensor a layer. Source: the fields of
+transformers' GraniteMoeConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from flexport.models.config import Config
+from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm
+from flexport.models.naming import LLAMA_PARTS
+from flexport.models.spec import Experts, Layer, ModelSpec
+
+__all__ = ["spec"]
+
+_DEFAULTS: Mapping[str, Any] = {
+    "max_position_embeddings": 2048,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_PARTS = {
+    **LLAMA_PARTS,
+    "router": "layers.{i}.block_sparse_moe.router.layer",
+    "expert_gate_up": "layers.{i}.block_sparse_moe.input_linear",
+    "expert_down": "layers.{i}.block_sparse_moe.output_linear",
+}
+
+
+def spec(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a Granite-MoE config; raises UnsupportedModel for what flexport does not know."""
+    fields = Config("granitemoe", config, _DEFAULTS)
+    attention = replace(read_attention(fields), scale=fields.number("attention_multiplier", 1.0))
+    experts = Experts(
+        num_experts=fields.count("num_local_experts"),
+        top_k=fields.count("num_experts_per_tok"),
+        mlp=replace(read_mlp(fields), fused="halves"),
+        stacked=True,
+    )
+    layers = [Layer(attention=attention, mlp=experts)] * fields.count("num_hidden_layers")
+    return replace(
+        build_model(fields, layers, read_norm(fields), _PARTS),
+        embed_scale=fields.number("embedding_multiplier", 1.0),
+        residual_scale=fields.number("residual_multiplier", 1.0),
+        logit_scale=1 / fields.number("logits_scaling", 1.0),
+    )
