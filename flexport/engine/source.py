@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -138,20 +138,16 @@ def open_source(
                 wanted[part.name] = Wanted(shape=part.in_file(tensor), dtypes=part.dtypes)
     files = require(checkpoint, wanted)
     others = unexpected(checkpoint, wanted)
-    unused = [name for name in others if name.startswith(spec.unused)]
-    extra = [n for n in set(others) - set(unused) if not n.endswith(IGNORED_SUFFIXES)]
+    _tell_of(checkpoint, [name for name in others if name.startswith(spec.unused)])
+    extra = [
+        name
+        for name in others
+        if not name.startswith(spec.unused) and not name.endswith(IGNORED_SUFFIXES)
+    ]
     if extra:
         raise UnsupportedModel(
             f"{checkpoint.name} has {len(extra)} tensors that its family {spec.family!r} has no "
-            f"place for, e.g. {', '.join(sorted(extra)[:5])}; computing without them would be wrong"
-        )
-    if unused:
-        beginnings = [start.rstrip(".") for start in spec.unused if _any_begins(unused, start)]
-        _log.warning(
-            "%s: leaving out %d tensors, of which text makes no use (%s)",
-            checkpoint.name,
-            len(unused),
-            ", ".join(beginnings),
+            f"place for, e.g. {', '.join(extra[:5])}; computing without them would be wrong"
         )
     return Source(
         name="flexport-demo" if model is None else checkpoint.name,
@@ -179,8 +175,15 @@ def _as_tied(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
     return replace(spec, tied_head=False, names=own)
 
 
-def _any_begins(names: Sequence[str], start: str) -> bool:
-    return any(name.startswith(start) for name in names)
+def _tell_of(checkpoint: Checkpoint, unused: list[str]) -> None:
+    if unused:
+        parts = sorted({name.removeprefix("model.").split(".")[0] for name in unused})
+        _log.warning(
+            "%s: %d tensors are no part of the language model that is run, and are left out (%s)",
+            checkpoint.name,
+            len(unused),
+            ", ".join(parts),
+        )
 
 
 def _dummy(model: str | None) -> Source:

@@ -62,7 +62,6 @@ _OURS = (
     "phi",
     "phi3",
     "qwen2",
-    "qwen2_5_vl_text",
     "qwen2_moe",
     "qwen2_vl_text",
     "qwen3",
@@ -75,6 +74,9 @@ _OURS = (
 )
 """Each a module of this package with a function `spec`."""
 
+_SHARED = {"qwen2_5_vl_text": "qwen2_vl_text"}
+"""Families that differ from another one in nothing, and its module."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -86,11 +88,11 @@ class Family:
 
 def families() -> list[Family]:
     """All families, sorted; third parties' are not imported."""
-    ours = [Family(model_type=name, source="flexport") for name in (*_OURS, *MULTIMODAL)]
+    ours = [Family(model_type=name, source="flexport") for name in (*_OURS, *_SHARED, *MULTIMODAL)]
     theirs = [
         Family(model_type=entry.name, source=_source(entry))
         for entry in entry_points(group=GROUP)
-        if entry.name not in _OURS and entry.name not in MULTIMODAL
+        if entry.name not in (*_OURS, *_SHARED, *MULTIMODAL)
     ]
     return sorted(ours + theirs, key=lambda family: (family.model_type, family.source))
 
@@ -124,7 +126,7 @@ def spec_of(
 def _spec_of_family(model_type: str, config: Mapping[str, Any]) -> ModelSpec:
     for name, required in _OF_ALL.items():
         Config(model_type, config).refuse_unless(name, required)
-    build = _ours(model_type) if model_type in _OURS else _theirs(model_type)
+    build = _ours(model_type) if model_type in (*_OURS, *_SHARED) else _theirs(model_type)
     spec = build(config)
     if not isinstance(spec, ModelSpec):
         raise UnsupportedModel(
@@ -143,7 +145,8 @@ _OF_ALL: Mapping[str, object] = {
 
 
 def _ours(model_type: str) -> SpecOf:
-    build: SpecOf = import_module(f"flexport.models.{model_type}").spec
+    module = _SHARED.get(model_type, model_type)
+    build: SpecOf = import_module(f"flexport.models.{module}").spec
     return build
 
 

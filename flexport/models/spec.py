@@ -377,7 +377,8 @@ class ModelSpec:
     logit_cap: float | None = None
     """Logits become cap * tanh(logit / cap)."""
     unused: tuple[str, ...] = ()
-    """How names begin of tensors that a checkpoint has and that say nothing of the next token."""
+    """How names begin of tensors that a checkpoint has and that are no part of this model: layers for
+    training, or the parts of a larger model that it is the text part of."""
 
     def __post_init__(self) -> None:
         if not self.embed_size:
