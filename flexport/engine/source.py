@@ -123,7 +123,8 @@ def open_source(
 ) -> Source:
     """The model asked for; None is the embedded demo. Reads configs and headers.
 
-    Weights are read only to see whether a head is the token table's copy. Raises CheckpointError and UnsupportedModel.
+    Of the weights it reads a head that may be the token table's copy, and nothing else. Raises
+    CheckpointError and UnsupportedModel.
     """
     if load_format == "dummy":
         return _dummy(model)

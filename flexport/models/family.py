@@ -103,7 +103,8 @@ def spec_of(
     """The spec of a Hugging Face config, by its `model_type`.
 
     Of a model that reads images, too, it is the text part's. The ends in generation_config.json, if
-    it names any, win over the config's, as they do in transformers. Raises UnsupportedModel for a family or a feature that flexport does not know.
+    it names any, win over the config's, as they do in transformers. Raises UnsupportedModel for a
+    family or a feature that flexport does not know.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):

@@ -67,9 +67,10 @@ def text_config(config: Mapping[str, Any], known: Multimodal) -> dict[str, Any]:
 
 def placed(spec: ModelSpec, known: Multimodal) -> ModelSpec:
     """The text part's spec, with the names that its tensors have in a checkpoint of the whole."""
-    names = {
-        part: tuple(prefix + name for prefix in _PREFIXES for name in own)
-        for part, own in spec.names.items()
-    }
+    names = {part: _in_the_whole(own) for part, own in spec.names.items()}
     others = tuple(prefix + name for prefix in ("", "model.") for name in known.others)
-    return replace(spec, names=names, unused=(*spec.unused, *others))
+    return replace(spec, names=names, unused=(*_in_the_whole(spec.unused), *others))
+
+
+def _in_the_whole(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(prefix + name for prefix in _PREFIXES for name in names)
