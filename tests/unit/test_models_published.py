@@ -363,6 +363,16 @@ def test_old_fields_say_how_much_of_a_head_turns_and_how_fast(name, num_features
 
 
 @pytest.mark.parametrize(
+    ("family", "num_features"), [("gpt_neox", 24), ("gptj", 64), ("phi", 32), ("stablelm", 20)]
+)
+def test_a_share_of_a_head_turns_where_the_config_does_not_say(family, num_features):
+    rope = attention_of({"model_type": family}).rope
+
+    assert rope is not None
+    assert rope.num_features == num_features
+
+
+@pytest.mark.parametrize(
     ("name", "names"),
     [
         ("gpt2-xl", {"n_embd": "hidden_size", "n_layer": "num_hidden_layers"}),
