@@ -36,11 +36,7 @@ def read_attention(fields: Config, rope: Rope | None = None) -> Attention:
     `rope` is for what `read_turn` without options does not say.
     """
     num_heads = fields.count("num_attention_heads")
-    num_kv_heads = fields.count("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise fields.unsupported(
-            f"num_key_value_heads is {num_kv_heads}", f"a divisor of {num_heads} heads"
-        )
+    num_kv_heads = fields.kv_heads("num_key_value_heads", num_heads, num_heads)
     head_dim = _head_dim(fields)
     bias = fields.flag("attention_bias", False)
     return Attention(
