@@ -394,7 +394,7 @@ def test_fields_are_found_by_either_of_their_names(name, names):
 def test_two_names_of_a_field_that_do_not_agree_are_refused():
     config = {**PUBLISHED["gpt2-xl"], "hidden_size": 1601}
 
-    with pytest.raises(UnsupportedModel, match=r"n_embd is 1600; flexport can run 1601"):
+    with pytest.raises(UnsupportedModel, match=r"hidden_size is 1601 and n_embd is 1600"):
         spec_of(config)
 
 
