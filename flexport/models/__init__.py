@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from flexport.models.alibi import alibi_slopes
 from flexport.models.config import Config
-from flexport.models.family import Family, families, spec_of
+from flexport.models.family import Family, about, families, spec_of
 from flexport.models.naming import ACTIVATIONS, EXPERT_PARTS, LLAMA_PARTS, checkpoint_names
 from flexport.models.rope import Rope, plain_rope, read_rope
 from flexport.models.shapes import known_config, known_names
@@ -36,6 +36,7 @@ from flexport.models.spec import (
     layer_tensors,
     num_parameters,
 )
+from flexport.models.summary import num_active_parameters, summary
 
 __all__ = [
     "ACTIVATIONS",
@@ -55,6 +56,7 @@ __all__ = [
     "Norm",
     "Rope",
     "TensorSpec",
+    "about",
     "alibi_slopes",
     "attention_flops",
     "checkpoint_names",
@@ -66,8 +68,10 @@ __all__ = [
     "layer_bytes",
     "layer_flops",
     "layer_tensors",
+    "num_active_parameters",
     "num_parameters",
     "plain_rope",
     "read_rope",
     "spec_of",
+    "summary",
 ]
