@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -69,6 +70,7 @@ def model_sizes(
         )
         # Each part of a tensor may begin and end within a grain, and two cuts make two more parts.
         slack_bytes = max(slack_bytes, 2 * GRAIN_BYTES * (len(own) + 2) + CUT_ROWS * widest)
+    slack_bytes += max(_exact_excess_bytes(own, ratio) for own in layers)
     projections = _projection_values(spec)
     return ModelSizes(
         layer_bytes=tuple(sum(each.disk_bytes for _, each in own) for own in layers),
@@ -102,6 +104,13 @@ def model_sizes(
         ),
         projection_flops=2 * projections,
         max_positions=spec.max_positions,
+    )
+
+
+def _exact_excess_bytes(own: Sequence[tuple[TensorSpec, TensorSize]], ratio: float) -> int:
+    """What a layer's exact tensors may take near the device beyond what all take on average."""
+    return math.ceil(
+        sum(max(0.0, each.near_bytes - ratio * each.disk_bytes) for t, each in own if t.exact)
     )
 
 
