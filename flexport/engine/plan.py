@@ -147,6 +147,8 @@ def _work_values(spec: ModelSpec, layer: Layer) -> int:
     attending = spec.hidden_size + _crossing_values(attention)
     if isinstance(attention, Attention) and attention.rope is not None:
         attending += attention.query_size  # the parts of a turn, before they are put together
+    if isinstance(attention, Attention) and attention.head_norm is not None:
+        attending += 2 * attention.query_size  # queries in float32, and what their norm makes
     if isinstance(attention, LatentAttention):
         attending += 2 * attention.query_size + attention.out_size
     if isinstance(mlp, Experts):

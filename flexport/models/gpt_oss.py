@@ -82,4 +82,4 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     attention = replace(read_attention(fields), sinks=True)
     windows = read_windows(fields, fields.count_or_none("sliding_window"), all_but_every(2))
     layers = [Layer(attention=replace(attention, window=window), mlp=experts) for window in windows]
-    return build_model(fields, layers, read_norm(fields), _PARTS)
+    return build_model(fields, layers, read_norm(fields, wide=True), _PARTS)

@@ -65,7 +65,10 @@ class Norm:
     weight: bool = True
     bias: bool = False
     plus_one: bool = False
-    """Weights are stored less 1, and multiplied in float32 (Gemma)."""
+    """Weights are stored less 1."""
+    wide: bool = False
+    """Of a norm by the mean square: weights are multiplied in float32, and the product is rounded; else
+    what they are multiplied with was rounded. Those of a layer norm always are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
