@@ -11,6 +11,7 @@ families like Llama there is `flexport.models.like_llama`, too.
 from __future__ import annotations
 
 from flexport.models.alibi import alibi_slopes
+from flexport.models.build import build_model
 from flexport.models.config import Config
 from flexport.models.family import Family, about, families, spec_of
 from flexport.models.naming import ACTIVATIONS, EXPERT_PARTS, LLAMA_PARTS, checkpoint_names
@@ -59,6 +60,7 @@ __all__ = [
     "about",
     "alibi_slopes",
     "attention_flops",
+    "build_model",
     "checkpoint_names",
     "families",
     "flops_per_token",

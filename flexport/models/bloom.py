@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from flexport.models.alibi import alibi_slopes
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model
-from flexport.models.spec import Attention, Fused, Layer, Mlp, ModelSpec, Norm
+from flexport.models.like_gpt import PREFIXES, read_attention, read_layer_norm
+from flexport.models.spec import Fused, Layer, Mlp, ModelSpec
 
 __all__ = ["spec"]
 
@@ -29,8 +30,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-
-_PREFIXES = ("transformer.", "")
 
 _FIELDS = {
     "n_embed": "hidden_size",
@@ -59,23 +58,15 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     # The norm's output would be what the halves are added to.
     fields.refuse_unless("apply_residual_connection_post_layernorm", False)
 
-    hidden_size = fields.count("hidden_size")
-    fields.refuse_unless("n_inner", 4 * hidden_size)
+    mlp_size = 4 * fields.count("hidden_size")
+    fields.refuse_unless("n_inner", mlp_size)
     num_heads = fields.count("num_attention_heads")
-    head_dim = fields.head_dim(hidden_size, num_heads)
-    layer = Layer(
-        attention=Attention(
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            fused=Fused(num_parts=num_heads),
-            bias=True,
-            out_bias=True,
-            slopes=alibi_slopes(num_heads),
-        ),
-        mlp=Mlp(size=4 * hidden_size, activation="gelu_tanh", bias=True),
+    attention = replace(
+        read_attention(fields, bias=True),
+        fused=Fused(num_parts=num_heads),
+        slopes=alibi_slopes(num_heads),
     )
+    layer = Layer(attention=attention, mlp=Mlp(size=mlp_size, activation="gelu_tanh", bias=True))
     layers = [layer] * fields.count("num_hidden_layers")
-    norm = Norm(kind="layer", eps=fields.number("layer_norm_epsilon"), bias=True)
-    return replace(build_model(fields, layers, norm, _PARTS, _PREFIXES), embed_norm=True)
+    model = build_model(fields, layers, read_layer_norm(fields), _PARTS, PREFIXES)
+    return replace(model, embed_norm=True)

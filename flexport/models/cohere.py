@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp, read_turn
+from flexport.models.like_llama import read_attention, read_mlp, read_turn
 from flexport.models.spec import HeadNorm, Layer, ModelSpec, Norm
 
 __all__ = ["DEFAULTS", "read_cohere_norm", "refuse_other_designs", "spec"]

@@ -183,7 +183,7 @@ class Config:
         return self._values.get(name, self._defaults.get(name, default))
 
     def _refused(self, name: str, known: str) -> UnsupportedModel:
-        found = f"{self._told.get(name, name)} is {self._values.get(name)!r}"
+        found = f"{self._told.get(name, name)} is {self._get(name, None)!r}"
         return self.unsupported(found, known)
 
 

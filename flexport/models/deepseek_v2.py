@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
 from flexport.models.like_deepseek import (
     latent_parts,
@@ -17,7 +18,7 @@ from flexport.models.like_deepseek import (
     read_latent_attention,
     read_layers,
 )
-from flexport.models.like_llama import build_model, read_norm
+from flexport.models.like_llama import read_norm
 from flexport.models.spec import ModelSpec
 
 __all__ = ["spec"]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
 from flexport.models.like_deepseek import (
     latent_parts,
@@ -18,7 +19,7 @@ from flexport.models.like_deepseek import (
     read_layers,
     unused_layers,
 )
-from flexport.models.like_llama import build_model, read_norm
+from flexport.models.like_llama import read_norm
 from flexport.models.spec import ModelSpec
 
 __all__ = ["spec"]

@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from flexport.models import olmo2
+from flexport.models.build import build_model
 from flexport.models.config import Config
 from flexport.models.like_llama import (
     all_but_every,
-    build_model,
     read_attention,
     read_mlp,
     read_norm,

@@ -13,14 +13,16 @@ what a column adds to its score to bfloat16, 0.4 % of it at most; here it is exa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from flexport.models.alibi import alibi_slopes
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_turn
+from flexport.models.like_gpt import PREFIXES, read_attention, read_layer_norm
+from flexport.models.like_llama import read_turn
 from flexport.models.naming import ACTIVATIONS
-from flexport.models.rope import Rope
-from flexport.models.spec import Attention, Fused, Layer, Mlp, ModelSpec, Norm
+from flexport.models.spec import Fused, Layer, Mlp, ModelSpec, Parallel
 
 __all__ = ["spec"]
 
@@ -35,8 +37,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "bos_token_id": 11,
     "eos_token_id": 11,
 }
-
-_PREFIXES = ("transformer.", "")
 
 _FIELDS = {
     "n_embed": "hidden_size",
@@ -55,8 +55,6 @@ _PARTS = {
     "down": "h.{i}.mlp.dense_4h_to_h",
 }
 
-Parallel = Literal["no", "one norm", "two norms"]
-
 _NORMS: Mapping[Parallel, Mapping[str, str]] = {
     "no": {
         "attention_norm": "h.{i}.input_layernorm",
@@ -73,40 +71,23 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields.refuse_unless("apply_residual_connection_post_layernorm", False)
     fields.refuse_unless("partial_rotary_factor", 1.0)
 
-    hidden_size = fields.count("hidden_size")
-    num_heads = fields.count("num_attention_heads")
-    head_dim = fields.head_dim(hidden_size, num_heads)
-    bias = fields.flag("bias", False)
-    parallel = _parallel(fields)
-    num_kv_heads, fused = _heads(fields, num_heads)
-    rope: Rope | None = None
-    slopes: tuple[float, ...] | None = None
+    bias, parallel = fields.flag("bias", False), _parallel(fields)
+    attention = read_attention(fields, bias=bias)
+    num_kv_heads, fused = _heads(fields, attention.num_heads)
+    attention = replace(attention, num_kv_heads=num_kv_heads, fused=fused)
     if fields.flag("alibi", False):
-        slopes = tuple(slope * head_dim**-0.5 for slope in alibi_slopes(num_heads))
+        slopes = tuple(slope * attention.scale for slope in alibi_slopes(attention.num_heads))
+        attention = replace(attention, slopes=slopes)
     else:
-        rope = read_turn(fields)
-    layer = Layer(
-        attention=Attention(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            fused=fused,
-            bias=bias,
-            out_bias=bias,
-            rope=rope,
-            slopes=slopes,
-        ),
-        mlp=Mlp(
-            size=fields.count("ffn_hidden_size", 4 * hidden_size),
-            activation=fields.choice("activation", "gelu", ACTIVATIONS),
-            bias=bias,
-        ),
-        parallel=parallel,
+        attention = replace(attention, rope=read_turn(fields))
+    mlp = Mlp(
+        size=fields.count("ffn_hidden_size", 4 * fields.count("hidden_size")),
+        activation=fields.choice("activation", "gelu", ACTIVATIONS),
+        bias=bias,
     )
-    layers = [layer] * fields.count("num_hidden_layers")
-    norm = Norm(kind="layer", eps=fields.number("layer_norm_epsilon"), bias=True)
-    return build_model(fields, layers, norm, {**_PARTS, **_NORMS[parallel]}, _PREFIXES)
+    layer = Layer(attention=attention, mlp=mlp, parallel=parallel)
+    layers, parts = [layer] * fields.count("num_hidden_layers"), {**_PARTS, **_NORMS[parallel]}
+    return build_model(fields, layers, read_layer_norm(fields), parts, PREFIXES)
 
 
 def _parallel(fields: Config) -> Parallel:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm
-from flexport.models.naming import ACTIVATIONS
+from flexport.models.like_llama import read_attention, read_mlp, read_norm
 from flexport.models.spec import Layer, ModelSpec, Norm
 
 __all__ = ["read_gemma_norm", "spec"]
@@ -41,11 +41,11 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Config("gemma", config, _DEFAULTS)
     fields.refuse_unless("use_bidirectional_attention", False)
     fields.refuse_unless("hidden_activation", "gelu_pytorch_tanh")
-    mlp = read_mlp(fields, known={**ACTIVATIONS, "gelu": "gelu_tanh"})
-    layer = Layer(attention=read_attention(fields), mlp=mlp)
-    model = build_model(
-        fields, [layer] * fields.count("num_hidden_layers"), read_gemma_norm(fields)
-    )
+    mlp = read_mlp(fields)
+    if mlp.activation == "gelu":
+        mlp = replace(mlp, activation="gelu_tanh")
+    layers = [Layer(attention=read_attention(fields), mlp=mlp)] * fields.count("num_hidden_layers")
+    model = build_model(fields, layers, read_gemma_norm(fields))
     return replace(model, embed_scale=model.hidden_size**0.5)
 
 

@@ -10,15 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
 from flexport.models.gemma import read_gemma_norm
-from flexport.models.like_llama import (
-    all_but_every,
-    build_model,
-    read_attention,
-    read_mlp,
-    read_windows,
-)
+from flexport.models.like_llama import all_but_every, read_attention, read_mlp, read_windows
 from flexport.models.naming import LLAMA_PARTS
 from flexport.models.spec import Layer, ModelSpec
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
 from flexport.models.gemma import read_gemma_norm
 from flexport.models.gemma2 import PARTS
@@ -18,7 +19,6 @@ from flexport.models.like_llama import (
     FULL,
     SLIDING,
     all_but_every,
-    build_model,
     read_attention,
     read_mlp,
     read_turn,

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm, read_turn
+from flexport.models.like_llama import read_attention, read_mlp, read_norm, read_turn
 from flexport.models.naming import LLAMA_PARTS
 from flexport.models.spec import Layer, ModelSpec
 

@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from flexport.models import glm
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_norm
+from flexport.models.like_llama import read_norm
 from flexport.models.spec import ModelSpec
 
 __all__ = ["spec"]
 
-_PARTS: Mapping[str, str] = {
+_PARTS = {
     **glm.PARTS,
     "attention_out_norm": "layers.{i}.post_self_attn_layernorm",
     "mlp_out_norm": "layers.{i}.post_mlp_layernorm",

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
 from flexport.models.like_deepseek import read_balanced_experts, read_layers, unused_layers
-from flexport.models.like_llama import build_model, read_attention, read_norm
+from flexport.models.like_llama import read_attention, read_norm
 from flexport.models.naming import EXPERT_PARTS
 from flexport.models.spec import HeadNorm, ModelSpec
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model
-from flexport.models.naming import ACTIVATIONS, GPT_FIELDS
-from flexport.models.spec import Attention, Fused, Layer, Mlp, ModelSpec, Norm
+from flexport.models.like_gpt import FIELDS, PREFIXES, read_attention, read_layer_norm, read_mlp
+from flexport.models.spec import Fused, Layer, ModelSpec
 
 __all__ = ["spec"]
 
@@ -29,8 +29,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "bos_token_id": 50256,
     "eos_token_id": 50256,
 }
-
-_PREFIXES = ("transformer.", "")
 
 _PARTS = {
     "tokens": "wte",
@@ -47,34 +45,17 @@ _PARTS = {
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a GPT-2 config; raises UnsupportedModel for what flexport does not know."""
-    fields = Config("gpt2", config, _DEFAULTS, also=GPT_FIELDS)
-    fields.refuse_unless("add_cross_attention", False)
-
-    hidden_size = fields.count("hidden_size")
-    num_heads = fields.count("num_attention_heads")
-    head_dim = fields.head_dim(hidden_size, num_heads)
-    scale = head_dim**-0.5 if fields.flag("scale_attn_weights", True) else 1.0
+    fields = Config("gpt2", config, _DEFAULTS, also=FIELDS)
+    attention = replace(read_attention(fields, bias=True), fused=Fused())
+    if not fields.flag("scale_attn_weights", True):
+        attention = replace(attention, scale=1.0)
     falls = fields.flag("scale_attn_by_inverse_layer_idx", False)
-    mlp = Mlp(
-        size=fields.count("n_inner", 4 * hidden_size),
-        activation=fields.choice("activation_function", "gelu_new", ACTIVATIONS),
-        bias=True,
-        transposed=True,
-    )
+    mlp = replace(read_mlp(fields), transposed=True)
 
     def layer(number: int) -> Layer:
-        attention = Attention(
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_dim=head_dim,
-            scale=scale / number if falls else scale,
-            fused=Fused(),
-            bias=True,
-            out_bias=True,
-        )
-        return Layer(attention=attention, mlp=mlp, transposed=True)
+        scale = attention.scale / number if falls else attention.scale
+        return Layer(attention=replace(attention, scale=scale), mlp=mlp, transposed=True)
 
     layers = [layer(number) for number in range(1, fields.count("num_hidden_layers") + 1)]
-    norm = Norm(kind="layer", eps=fields.number("layer_norm_epsilon"), bias=True)
-    model = build_model(fields, layers, norm, _PARTS, _PREFIXES)
+    model = build_model(fields, layers, read_layer_norm(fields), _PARTS, PREFIXES)
     return replace(model, learned_positions=model.max_positions)

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp
-from flexport.models.spec import Fused, Layer, ModelSpec, Norm
+from flexport.models.like_gpt import read_layer_norm
+from flexport.models.like_llama import read_attention, read_mlp
+from flexport.models.spec import Fused, Layer, ModelSpec
 
 __all__ = ["spec"]
 
@@ -62,5 +64,5 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         parallel="two norms" if fields.flag("use_parallel_residual", True) else "no",
     )
     layers = [layer] * fields.count("num_hidden_layers")
-    norm = Norm(kind="layer", eps=fields.number("layer_norm_eps"), bias=True)
+    norm = read_layer_norm(fields, "layer_norm_eps")
     return build_model(fields, layers, norm, _PARTS, _PREFIXES, _HEADS)

@@ -11,14 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import (
-    all_but_every,
-    build_model,
-    read_attention,
-    read_norm,
-    read_windows,
-)
+from flexport.models.like_llama import all_but_every, read_attention, read_norm, read_windows
 from flexport.models.naming import LLAMA_PARTS
 from flexport.models.spec import ClampedSilu, Experts, Layer, Mlp, ModelSpec
 

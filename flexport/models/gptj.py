@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model
-from flexport.models.naming import ACTIVATIONS, GPT_FIELDS
+from flexport.models.like_gpt import FIELDS, PREFIXES, read_attention, read_layer_norm, read_mlp
 from flexport.models.rope import plain_rope
-from flexport.models.spec import Attention, Fused, Layer, Mlp, ModelSpec, Norm
+from flexport.models.spec import Fused, Layer, ModelSpec
 
 __all__ = ["spec", "spec_like"]
 
@@ -30,8 +30,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "bos_token_id": 50256,
     "eos_token_id": 50256,
 }
-
-_PREFIXES = ("transformer.", "")
 
 _PARTS = {
     "tokens": "wte",
@@ -56,42 +54,31 @@ def spec_like(
     fused: Fused | None = None,
 ) -> ModelSpec:
     """The spec of a model like GPT-J, whose projections have these names, or are fused so."""
-    fields = Config(family, config, _DEFAULTS, also=GPT_FIELDS)
+    fields = Config(family, config, _DEFAULTS, also=FIELDS)
     # Published configs have these; the code that they are published for knows no other values.
     fields.refuse_unless("rotary", True)
     fields.refuse_unless("scale_attn_weights", True)
     fields.refuse_unless("rope_scaling", None)
     fields.refuse_unless("rope_parameters", None)
 
-    hidden_size = fields.count("hidden_size")
-    num_heads = fields.count("num_attention_heads")
-    head_dim = fields.head_dim(hidden_size, num_heads)
-    if fused is not None and num_heads % fused.num_parts:
+    attention = read_attention(fields)
+    if fused is not None and attention.num_heads % fused.num_parts:
         raise fields.unsupported(
-            f"n_head is {num_heads}", f"multiples of the {fused.num_parts} parts of a projection"
+            f"n_head is {attention.num_heads}",
+            f"multiples of the {fused.num_parts} parts of a projection",
         )
     rotary_dim = fields.count("rotary_dim")
-    if rotary_dim > head_dim or rotary_dim % 2:
+    if rotary_dim > attention.head_dim or rotary_dim % 2:
         raise fields.unsupported(
-            f"rotary_dim is {rotary_dim}", f"an even number of a head's {head_dim} features"
+            f"rotary_dim is {rotary_dim}",
+            f"an even number of a head's {attention.head_dim} features",
         )
+    rope = plain_rope(rotary_dim, interleaved=True)
     layer = Layer(
-        attention=Attention(
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            fused=fused,
-            rope=plain_rope(rotary_dim, interleaved=True),
-        ),
-        mlp=Mlp(
-            size=fields.count("n_inner", 4 * hidden_size),
-            activation=fields.choice("activation_function", "gelu_new", ACTIVATIONS),
-            bias=True,
-        ),
+        attention=replace(attention, fused=fused, rope=rope),
+        mlp=read_mlp(fields),
         parallel="one norm",
     )
-    layers = [layer] * fields.count("num_hidden_layers")
-    norm = Norm(kind="layer", eps=fields.number("layer_norm_epsilon"), bias=True)
-    model = build_model(fields, layers, norm, {**_PARTS, **projections}, _PREFIXES)
+    layers, parts = [layer] * fields.count("num_hidden_layers"), {**_PARTS, **projections}
+    model = build_model(fields, layers, read_layer_norm(fields), parts, PREFIXES)
     return replace(model, head_bias=True)

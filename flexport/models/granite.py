@@ -10,22 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm
+from flexport.models.like_llama import read_attention, read_mlp, read_norm
 from flexport.models.spec import Layer, ModelSpec
 
-__all__ = ["MULTIPLIERS", "multiplied", "spec"]
+__all__ = ["DEFAULTS", "multiplied", "spec"]
 
-MULTIPLIERS: Mapping[str, Any] = {
-    "embedding_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "logits_scaling": 1.0,
-}
-"""Where a config does not have them."""
-
-_DEFAULTS: Mapping[str, Any] = {
-    **MULTIPLIERS,
+DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -33,6 +25,10 @@ _DEFAULTS: Mapping[str, Any] = {
     "num_attention_heads": 32,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -40,7 +36,7 @@ _DEFAULTS: Mapping[str, Any] = {
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Granite config; raises UnsupportedModel for what flexport does not know."""
-    fields = Config("granite", config, _DEFAULTS)
+    fields = Config("granite", config, DEFAULTS)
     layer = Layer(attention=read_attention(fields), mlp=read_mlp(fields))
     layers = [layer] * fields.count("num_hidden_layers")
     return multiplied(fields, build_model(fields, layers, read_norm(fields)))

@@ -10,27 +10,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models import granite
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.granite import MULTIPLIERS, multiplied
-from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm
+from flexport.models.like_llama import read_attention, read_mlp, read_norm
 from flexport.models.naming import LLAMA_PARTS
 from flexport.models.spec import Experts, Layer, ModelSpec
 
 __all__ = ["spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
-    **MULTIPLIERS,
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
+    **granite.DEFAULTS,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 
 _PARTS = {
@@ -52,4 +44,4 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     )
     layer = Layer(attention=read_attention(fields), mlp=experts)
     layers = [layer] * fields.count("num_hidden_layers")
-    return multiplied(fields, build_model(fields, layers, read_norm(fields), _PARTS))
+    return granite.multiplied(fields, build_model(fields, layers, read_norm(fields), _PARTS))

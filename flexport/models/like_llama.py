@@ -7,18 +7,17 @@ Its config's defaults are a table of its own: published configs may leave out wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from flexport.models.config import Config
-from flexport.models.naming import ACTIVATIONS, LLAMA_PARTS, PREFIXES, checkpoint_names
+from flexport.models.naming import ACTIVATIONS
 from flexport.models.rope import Rope, read_rope
-from flexport.models.spec import Activation, Attention, Layer, Mlp, ModelSpec, Norm
+from flexport.models.spec import Attention, Mlp, Norm
 
 __all__ = [
     "FULL",
     "SLIDING",
     "all_but_every",
-    "build_model",
     "read_attention",
     "read_mlp",
     "read_norm",
@@ -73,15 +72,11 @@ def _head_dim(fields: Config) -> int:
     return fields.count("head_dim", hidden_size // num_heads)
 
 
-def read_mlp(
-    fields: Config,
-    activation: str = "hidden_act",
-    known: Mapping[str, Activation] = ACTIVATIONS,
-) -> Mlp:
+def read_mlp(fields: Config, activation: str = "hidden_act") -> Mlp:
     """A gated MLP; `activation` is the name of the field that says which."""
     return Mlp(
         size=fields.count("intermediate_size"),
-        activation=fields.choice(activation, "silu", known),
+        activation=fields.choice(activation, "silu", ACTIVATIONS),
         gated=True,
         bias=fields.flag("mlp_bias", False),
     )
@@ -111,34 +106,3 @@ def read_windows(
 def all_but_every(count: int) -> Callable[[int], bool]:
     """Layers but the last one of every `count`."""
     return lambda layer: (layer + 1) % count != 0
-
-
-def build_model(
-    fields: Config,
-    layers: Sequence[Layer],
-    norm: Norm,
-    parts: Mapping[str, str] = LLAMA_PARTS,
-    prefixes: Sequence[str] = PREFIXES,
-    heads: Sequence[str] = ("lm_head",),
-) -> ModelSpec:
-    """The spec of these layers, with the rest of the config.
-
-    `parts`, `prefixes` and `heads` are its names of tensors, as in `checkpoint_names`.
-    """
-    tied_head = fields.flag("tie_word_embeddings", False)
-    ropes = [layer.attention.rope for layer in layers if layer.attention.rope is not None]
-    return ModelSpec(
-        family=fields.family,
-        vocab_size=fields.count("vocab_size"),
-        hidden_size=fields.count("hidden_size"),
-        layers=tuple(layers),
-        norm=norm,
-        max_positions=max(
-            [fields.count("max_position_embeddings"), *(rope.reach for rope in ropes)]
-        ),
-        tied_head=tied_head,
-        bos_token_id=fields.token_id("bos_token_id", None),
-        eos_token_ids=fields.token_ids("eos_token_id", None),
-        pad_token_id=fields.token_id("pad_token_id", None),
-        names=checkpoint_names(parts, prefixes, tied_head=tied_head, heads=heads),
-    )

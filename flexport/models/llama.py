@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm
+from flexport.models.like_llama import read_attention, read_mlp, read_norm
 from flexport.models.spec import Layer, ModelSpec
 
 __all__ = ["spec"]

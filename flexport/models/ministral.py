@@ -7,10 +7,10 @@ transformers' MinistralConfig.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from flexport.models import mistral
+from flexport.models.config import Config
+from flexport.models.mistral import DEFAULTS, read_mistral
 from flexport.models.spec import ModelSpec
 
 __all__ = ["spec"]
@@ -18,4 +18,4 @@ __all__ = ["spec"]
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Ministral config; raises UnsupportedModel for what flexport does not know."""
-    return replace(mistral.spec(config), family="ministral")
+    return read_mistral(Config("ministral", config, DEFAULTS))

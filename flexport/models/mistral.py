@@ -10,17 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import (
-    build_model,
-    read_attention,
-    read_mlp,
-    read_norm,
-    read_windows,
-)
+from flexport.models.like_llama import read_attention, read_mlp, read_norm, read_windows
 from flexport.models.spec import Layer, ModelSpec
 
-__all__ = ["DEFAULTS", "spec"]
+__all__ = ["DEFAULTS", "read_mistral", "spec"]
 
 DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32000,
@@ -29,7 +24,7 @@ DEFAULTS: Mapping[str, Any] = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "max_position_embeddings": 4096 * 32,
+    "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-6,
     "sliding_window": 4096,
     "bos_token_id": 1,
@@ -39,7 +34,11 @@ DEFAULTS: Mapping[str, Any] = {
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Mistral config; raises UnsupportedModel for what flexport does not know."""
-    fields = Config("mistral", config, DEFAULTS)
+    return read_mistral(Config("mistral", config, DEFAULTS))
+
+
+def read_mistral(fields: Config) -> ModelSpec:
+    """The same, of the fields of another family's config."""
     attention, mlp = read_attention(fields), read_mlp(fields)
     windows = read_windows(fields, fields.count_or_none("sliding_window"), lambda _: True)
     layers = [Layer(attention=replace(attention, window=own), mlp=mlp) for own in windows]

@@ -11,12 +11,14 @@ its word.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from flexport.models.alibi import alibi_slopes
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model
-from flexport.models.spec import Attention, Fused, Layer, Mlp, ModelSpec, Norm
+from flexport.models.like_gpt import PREFIXES, read_attention
+from flexport.models.spec import Fused, Layer, Mlp, ModelSpec, Norm
 
 __all__ = ["spec"]
 
@@ -29,8 +31,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }
-
-_PREFIXES = ("transformer.", "")
 
 _FIELDS = {
     "d_model": "hidden_size",
@@ -78,22 +78,17 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     for name, required in _ONLY_IN_ATTENTION.items():
         own.refuse_unless(name, required)
 
-    hidden_size = fields.count("hidden_size")
-    num_heads = fields.count("num_attention_heads")
-    head_dim = fields.head_dim(hidden_size, num_heads)
-    layer = Layer(
-        attention=Attention(
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_dim=head_dim,
-            scale=own.number("softmax_scale", head_dim**-0.5),
-            fused=Fused(),
-            clip=own.number_or_none("clip_qkv") or None,  # 0 clips nothing
-            slopes=alibi_slopes(num_heads, own.number("alibi_bias_max", 8.0)),
-        ),
-        mlp=Mlp(size=4 * hidden_size, activation="gelu"),
+    attention = read_attention(fields)
+    attention = replace(
+        attention,
+        scale=own.number("softmax_scale", attention.scale),
+        fused=Fused(),
+        clip=own.number_or_none("clip_qkv") or None,  # 0 clips nothing
+        slopes=alibi_slopes(attention.num_heads, own.number("alibi_bias_max", 8.0)),
     )
+    mlp = Mlp(size=4 * fields.count("hidden_size"), activation="gelu")
+    layer = Layer(attention=attention, mlp=mlp)
     norm_kind = fields.choice("norm_type", "low_precision_layernorm", _NORMS)
     norm = Norm(kind=norm_kind, eps=fields.number("layer_norm_epsilon"))
     layers = [layer] * fields.count("num_hidden_layers")
-    return build_model(fields, layers, norm, _PARTS, _PREFIXES)
+    return build_model(fields, layers, norm, _PARTS, PREFIXES)

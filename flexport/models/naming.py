@@ -9,7 +9,6 @@ from flexport.models.spec import Activation
 __all__ = [
     "ACTIVATIONS",
     "EXPERT_PARTS",
-    "GPT_FIELDS",
     "LLAMA_PARTS",
     "PREFIXES",
     "checkpoint_names",
@@ -25,14 +24,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
-
-GPT_FIELDS: Mapping[str, str] = {
-    "n_embd": "hidden_size",
-    "n_head": "num_attention_heads",
-    "n_layer": "num_hidden_layers",
-    "n_positions": "max_position_embeddings",
-}
-"""Config fields of GPT-2 and of what was made from its code, with the names that others have."""
 
 LLAMA_PARTS: Mapping[str, str] = {
     "tokens": "embed_tokens",

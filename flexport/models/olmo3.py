@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from flexport.models import olmo2
+from flexport.models.build import build_model
 from flexport.models.config import Config
 from flexport.models.like_llama import (
     FULL,
     SLIDING,
     all_but_every,
-    build_model,
     read_attention,
     read_mlp,
     read_norm,

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp
+from flexport.models.like_gpt import read_layer_norm
+from flexport.models.like_llama import read_attention, read_mlp
 from flexport.models.naming import LLAMA_PARTS
-from flexport.models.spec import HeadNorm, Layer, ModelSpec, Norm
+from flexport.models.spec import HeadNorm, Layer, ModelSpec
 
 __all__ = ["spec"]
 
@@ -45,7 +47,7 @@ _PARTS = {
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Phi config; raises UnsupportedModel for what flexport does not know."""
     fields = Config("phi", config, _DEFAULTS)
-    norm = Norm(kind="layer", eps=fields.number("layer_norm_eps"), bias=True)
+    norm = read_layer_norm(fields, "layer_norm_eps")
     attention = replace(read_attention(fields), bias=True, out_bias=True)
     if fields.flag("qk_layernorm", False):
         attention = replace(attention, head_norm=HeadNorm(norm=norm, over="head"))

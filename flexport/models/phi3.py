@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm
+from flexport.models.like_llama import read_attention, read_mlp, read_norm
 from flexport.models.naming import LLAMA_PARTS
 from flexport.models.rope import rope_fields, rope_type
 from flexport.models.spec import Fused, Layer, ModelSpec
@@ -35,11 +36,14 @@ _DEFAULTS: Mapping[str, Any] = {
     "pad_token_id": 32000,
 }
 
-_PARTS: Mapping[str, str] = {
+_PARTS = {
     **LLAMA_PARTS,
     "qkv": "layers.{i}.self_attn.qkv_proj",
     "gate_up": "layers.{i}.mlp.gate_up_proj",
 }
+
+_ROPES = ("default", "longrope", "su")
+"""Phi-3's "yarn" was never published, and was not YaRN."""
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
@@ -59,7 +63,3 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     )
     layers = [layer] * fields.count("num_hidden_layers")
     return build_model(fields, layers, read_norm(fields), _PARTS)
-
-
-_ROPES = ("default", "longrope", "su")
-"""Phi-3's "yarn" was never published, and was not YaRN."""

@@ -11,14 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import (
-    build_model,
-    read_attention,
-    read_mlp,
-    read_norm,
-    read_windows,
-)
+from flexport.models.like_llama import read_attention, read_mlp, read_norm, read_windows
 from flexport.models.naming import EXPERT_PARTS
 from flexport.models.spec import Experts, Layer, Mlp, ModelSpec
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from flexport.models import qwen2
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm
+from flexport.models.like_llama import read_attention, read_mlp, read_norm
 from flexport.models.spec import HeadNorm, Layer, ModelSpec
 
 __all__ = ["DEFAULTS", "read_qwen3", "spec"]

@@ -33,6 +33,7 @@ __all__ = [
     "ModelSpec",
     "Norm",
     "Norms",
+    "Parallel",
     "TensorSpec",
     "attention_flops",
     "distinct_layers",
@@ -293,6 +294,9 @@ class Experts:
 Norms = Literal["input", "output", "both", "sum"]
 """Where a layer's halves have their norms: before; behind, before the sum; both; after the sum."""
 
+Parallel = Literal["no", "one norm", "two norms"]
+"""Whether a layer's halves take the same x, and through one norm or one each."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
@@ -301,8 +305,7 @@ class Layer:
     attention: Attention | LatentAttention
     mlp: Mlp | Experts
     norms: Norms = "input"
-    parallel: Literal["no", "one norm", "two norms"] = "no"
-    """Both halves take the same x, through one norm or one each."""
+    parallel: Parallel = "no"
     transposed: bool = False
     """Attention's matrices lie as (features in, features out)."""
 

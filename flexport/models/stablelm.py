@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp
+from flexport.models.like_gpt import read_layer_norm
+from flexport.models.like_llama import read_attention, read_mlp
 from flexport.models.naming import LLAMA_PARTS
-from flexport.models.spec import HeadNorm, Layer, ModelSpec, Norm
+from flexport.models.spec import HeadNorm, Layer, ModelSpec
 
 __all__ = ["spec"]
 
@@ -43,7 +45,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a StableLM config; raises UnsupportedModel for what flexport does not know."""
     fields = Config("stablelm", config, _DEFAULTS)
     fields.head_dim(fields.count("hidden_size"), fields.count("num_attention_heads"))
-    norm = Norm(kind="layer", eps=fields.number("layer_norm_eps"), bias=True)
+    norm = read_layer_norm(fields, "layer_norm_eps")
     biased = fields.flag("use_qkv_bias", False)
     attention = replace(read_attention(fields), bias=biased, out_bias=False)
     if fields.flag("qk_layernorm", False):

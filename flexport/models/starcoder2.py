@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from flexport.models.build import build_model
 from flexport.models.config import Config
-from flexport.models.like_llama import build_model, read_attention, read_mlp
+from flexport.models.like_gpt import read_layer_norm
+from flexport.models.like_llama import read_attention, read_mlp
 from flexport.models.naming import LLAMA_PARTS
-from flexport.models.spec import Layer, ModelSpec, Norm
+from flexport.models.spec import Layer, ModelSpec
 
 __all__ = ["spec"]
 
@@ -49,5 +51,5 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         attention=replace(read_attention(fields), bias=biased, out_bias=biased, window=window),
         mlp=replace(read_mlp(fields), gated=False, bias=biased),
     )
-    norm = Norm(kind="layer", eps=fields.number("norm_epsilon"), bias=True)
+    norm = read_layer_norm(fields, "norm_epsilon")
     return build_model(fields, [layer] * fields.count("num_hidden_layers"), norm, _PARTS)

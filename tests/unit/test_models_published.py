@@ -299,9 +299,12 @@ def test_what_can_not_be_run_is_refused_by_name(name, field, value):
         spec_of({**PUBLISHED[name], field: value})
 
 
-def test_half_a_pair_of_features_can_not_turn():
-    with pytest.raises(UnsupportedModel, match=r"31 .*features"):
-        spec_of({**PUBLISHED["gpt-neox-20b"], "rotary_pct": 0.33})
+def test_an_odd_feature_takes_the_next_one_along():
+    rope = attention_of({**PUBLISHED["gpt-neox-20b"], "rotary_pct": 0.33}).rope  # 31 of 96
+
+    assert rope is not None
+    assert rope.num_features == 32
+    assert rope.frequencies[1] == pytest.approx(1e4 ** (-2 / 31))
 
 
 def test_an_unknown_scaling_of_rotary_positions_is_refused_by_its_type():

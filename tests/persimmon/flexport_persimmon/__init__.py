@@ -2,7 +2,7 @@
 
 Layer norms and biases everywhere; queries, keys and values lie head by head in one projection; each
 head's queries and keys have a norm, and half of their features turn; squared ReLU. Source: the
-fields of transformers' PersimmonConfig, whose defaults are ours.
+fields of transformers' PersimmonConfig.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flexport.models import (
     Mlp,
     ModelSpec,
     Norm,
-    checkpoint_names,
+    build_model,
     read_rope,
 )
 
@@ -56,12 +56,12 @@ _PARTS = {
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Persimmon config; raises UnsupportedModel for what flexport does not know."""
     fields = Config("persimmon", config, _DEFAULTS)
-    hidden_size = fields.count("hidden_size")
     num_heads = fields.count("num_attention_heads")
     fields.refuse_unless("num_key_value_heads", num_heads)
-    head_dim = fields.head_dim(hidden_size, num_heads)
-    max_positions = fields.count("max_position_embeddings")
-    rope = read_rope(fields, head_dim=head_dim, max_positions=max_positions)
+    head_dim = fields.head_dim(fields.count("hidden_size"), num_heads)
+    rope = read_rope(
+        fields, head_dim=head_dim, max_positions=fields.count("max_position_embeddings")
+    )
     norm = Norm(kind="layer", eps=fields.number("layer_norm_eps"), bias=True)
     norms_heads = fields.flag("qk_layernorm", True)
     layer = Layer(
@@ -82,17 +82,4 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
             bias=True,
         ),
     )
-    tied_head = fields.flag("tie_word_embeddings", False)
-    return ModelSpec(
-        family="persimmon",
-        vocab_size=fields.count("vocab_size"),
-        hidden_size=hidden_size,
-        layers=(layer,) * fields.count("num_hidden_layers"),
-        norm=norm,
-        max_positions=max(max_positions, rope.reach),
-        tied_head=tied_head,
-        bos_token_id=fields.token_id("bos_token_id", None),
-        eos_token_ids=fields.token_ids("eos_token_id", None),
-        pad_token_id=fields.token_id("pad_token_id", None),
-        names=checkpoint_names(_PARTS, tied_head=tied_head),
-    )
+    return build_model(fields, [layer] * fields.count("num_hidden_layers"), norm, _PARTS)
