@@ -71,8 +71,8 @@ def test_every_decoder_layer_has_the_same_share_of_weights_in_memory(model, noth
 
     shares = []
     for shards in layers:
-        near = sum(shard.run.num_bytes for shard in shards if shard.tier is Tier.DEVICE)
-        shares.append(near / sum(shard.run.num_bytes for shard in shards))
+        near = sum(shard.num_bytes for shard in shards if shard.tier is Tier.DEVICE)
+        shares.append(near / sum(shard.num_bytes for shard in shards))
     assert max(shares) - min(shares) < 0.002
     assert 0 < min(shares) < 1
 

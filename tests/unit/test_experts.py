@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from hypothesis import given
@@ -25,10 +26,10 @@ class Memory:
 
         self.pool = Pool("device", num_bytes, make)
         self.store = SimpleNamespace(device=self.pool, host=Pool("host", 0, make))
-        self.started: list[object] = []
+        self.started: list[Any] = []
 
-    def moving(self, key: object, num_grains: int) -> Moving:
-        def start() -> list[Lease]:
+    def moving(self, key: Any, num_grains: int) -> Moving:
+        def start() -> Any:
             self.started.append(key)
             return [Lease(self.pool, num_grains * GRAIN)]
 
