@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["VALUE_BYTES", "format_bytes", "format_rate", "format_seconds", "parse_bytes"]
+__all__ = [
+    "VALUE_BYTES",
+    "format_bytes",
+    "format_count",
+    "format_rate",
+    "format_seconds",
+    "parse_bytes",
+]
 
 VALUE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one value of each floating-point dtype."""
@@ -45,6 +52,11 @@ def format_bytes(num_bytes: float) -> str:
         if abs(num_bytes) >= factor:
             return f"{num_bytes / factor:.2f} {unit}"
     return f"{num_bytes:.0f} B"
+
+
+def format_count(number: int) -> str:
+    """A number of parameters for people: "7.25 B", "355 M"."""
+    return f"{number / 1e9:.2f} B" if number >= 999.5e6 else f"{number / 1e6:.0f} M"
 
 
 def format_rate(bytes_per_s: float) -> str:

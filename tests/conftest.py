@@ -1,8 +1,16 @@
-"""What every test can count on: no network, the CPU, one meaning of a device marker, steady properties."""
+"""What every test can count on: no network, the CPU, one meaning of a device marker, steady properties.
+
+And what the tests of strangers' packages share.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 # Read when huggingface_hub is first imported; no test may wait for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,3 +59,37 @@ def _has(device: str) -> bool:
     except (RuntimeError, AssertionError):
         return False
     return True
+
+
+@pytest.fixture
+def install(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path], None]:
+    """install(folder): what pip would leave of a package's entry points, in a folder on the path.
+
+    Written here and not installed, so that the tests run in a plain checkout and offline.
+    """
+    site = tmp_path_factory.mktemp("site")
+
+    def install(folder: Path) -> None:
+        # pytest itself brings tomli where Python has no tomllib yet.
+        toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+        project = toml.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        name, version = project["name"], project["version"]
+        info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            f"Summary: {project['description']}\n"
+        )
+        lines = [
+            line
+            for group, entries in project["entry-points"].items()
+            for line in (f"[{group}]", *(f"{key} = {value}" for key, value in entries.items()))
+        ]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.syspath_prepend(str(site))
+        monkeypatch.delenv("FLEXPORT_BACKEND", raising=False)
+
+    return install

@@ -35,7 +35,7 @@ COMMANDS = {
     ),
     "bench": ("flexport.cli.bench", "measure generation throughput on synthetic prompts"),
     "backends": ("flexport.cli.backends", "list the registered backends: usable, or why not"),
-    "models": ("flexport.cli.models", "list the supported model families"),
+    "models": ("flexport.cli.models", "list model families and known models, or show one model"),
 }
 """Each command's module and its line in `flexport --help`."""
 

@@ -3,14 +3,30 @@
 A family is a function `spec(config) -> ModelSpec` in a file named after its `model_type`. Third
 parties add one through the entry-point group `flexport.models`, whose entries are named after
 the `model_type` and point to such a function. Ours need no entry and can't be replaced by one.
+
+The names here are all that such a function needs, and what the rest of flexport asks of a spec; for
+families like Llama there is `flexport.models.like_llama`, too.
 """
 
 from __future__ import annotations
 
-from flexport.models.family import Family, families, spec_of
+from flexport.models.alibi import alibi_slopes
+from flexport.models.config import Config
+from flexport.models.family import Family, about, families, spec_of
+from flexport.models.naming import ACTIVATIONS, EXPERT_PARTS, LLAMA_PARTS, checkpoint_names
+from flexport.models.rope import Rope, plain_rope, read_rope
 from flexport.models.shapes import known_config, known_names
 from flexport.models.spec import (
+    Attention,
+    ClampedSilu,
+    Experts,
+    Fused,
+    HeadNorm,
+    LatentAttention,
+    Layer,
+    Mlp,
     ModelSpec,
+    Norm,
     TensorSpec,
     attention_flops,
     flops_per_token,
@@ -20,12 +36,30 @@ from flexport.models.spec import (
     layer_tensors,
     num_parameters,
 )
+from flexport.models.summary import num_active_parameters, summary
 
 __all__ = [
+    "ACTIVATIONS",
+    "EXPERT_PARTS",
+    "LLAMA_PARTS",
+    "Attention",
+    "ClampedSilu",
+    "Config",
+    "Experts",
     "Family",
+    "Fused",
+    "HeadNorm",
+    "LatentAttention",
+    "Layer",
+    "Mlp",
     "ModelSpec",
+    "Norm",
+    "Rope",
     "TensorSpec",
+    "about",
+    "alibi_slopes",
     "attention_flops",
+    "checkpoint_names",
     "families",
     "flops_per_token",
     "known_config",
@@ -34,6 +68,10 @@ __all__ = [
     "layer_bytes",
     "layer_flops",
     "layer_tensors",
+    "num_active_parameters",
     "num_parameters",
+    "plain_rope",
+    "read_rope",
     "spec_of",
+    "summary",
 ]

@@ -1,28 +1,43 @@
 """BLOOM, BLOOMZ and what came to be saved under their name (`model_type` "bloom").
 
 ALiBi in place of positions, a norm after the embedding; queries, keys and values lie head by head
-in one projection; GELU by its tanh. Source: arXiv:2211.05100, and the config fields of
-transformers' BloomConfig, whose defaults are ours.
+in one projection; GELU by its tanh. Source: arXiv:2211.05100, and the fields of transformers'
+BloomConfig.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from flexport.models.alibi import alibi_slopes
 from flexport.models.config import Config
-from flexport.models.naming import checkpoint_names
+from flexport.models.like_llama import build_model
 from flexport.models.spec import Attention, Fused, Layer, Mlp, ModelSpec, Norm
 
 __all__ = ["spec"]
+
+_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 250880,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 _PREFIXES = ("transformer.", "")
 
 _FIELDS = {
     "n_embed": "hidden_size",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    # ALiBi has no end; this is how long the texts of the training were.
+    "seq_length": "max_position_embeddings",
 }
 
 _PARTS = {
@@ -40,13 +55,13 @@ _PARTS = {
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a BLOOM config; raises UnsupportedModel for what flexport does not know."""
-    fields = Config("bloom", config, also=_FIELDS)
+    fields = Config("bloom", config, _DEFAULTS, also=_FIELDS)
     # The norm's output would be what the halves are added to.
     fields.refuse_unless("apply_residual_connection_post_layernorm", False)
 
-    hidden_size = fields.count("hidden_size", 64)
+    hidden_size = fields.count("hidden_size")
     fields.refuse_unless("n_inner", 4 * hidden_size)
-    num_heads = fields.count("n_head", 8)
+    num_heads = fields.count("num_attention_heads")
     head_dim = fields.head_dim(hidden_size, num_heads)
     layer = Layer(
         attention=Attention(
@@ -61,19 +76,6 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         ),
         mlp=Mlp(size=4 * hidden_size, activation="gelu_tanh", bias=True),
     )
-    tied_head = fields.flag("tie_word_embeddings", True)
-    return ModelSpec(
-        family="bloom",
-        vocab_size=fields.count("vocab_size", 250880),
-        hidden_size=hidden_size,
-        layers=(layer,) * fields.count("n_layer", 2),
-        norm=Norm(kind="layer", eps=fields.number("layer_norm_epsilon", 1e-5), bias=True),
-        # ALiBi has no end; published configs say how long the texts of the training were.
-        max_positions=fields.count("seq_length", 2048),
-        embed_norm=True,
-        tied_head=tied_head,
-        bos_token_id=fields.token_id("bos_token_id", 1),
-        eos_token_ids=fields.token_ids("eos_token_id", 2),
-        pad_token_id=fields.token_id("pad_token_id", None),
-        names=checkpoint_names(_PARTS, _PREFIXES, tied_head=tied_head),
-    )
+    layers = [layer] * fields.count("num_hidden_layers")
+    norm = Norm(kind="layer", eps=fields.number("layer_norm_epsilon"), bias=True)
+    return replace(build_model(fields, layers, norm, _PARTS, _PREFIXES), embed_norm=True)

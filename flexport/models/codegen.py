@@ -1,8 +1,7 @@
 """CodeGen (`model_type` "codegen"): GPT-J with one projection, as four cores held it.
 
 Each quarter of the projection has its quarter of the heads' queries, then values, then keys.
-Source: arXiv:2203.13474, and the config fields of transformers' CodeGenConfig, whose defaults are
-GPT-J's.
+Source: arXiv:2203.13474, and the fields of transformers' CodeGenConfig, whose defaults are GPT-J's.
 """
 
 from __future__ import annotations

@@ -29,16 +29,25 @@ class Config:
     ) -> None:
         """`defaults` are those of the family's config class.
 
-        `also` has other names of fields, each with the one by which it is asked for here. Raises
-        UnsupportedModel where a config has both and they differ.
+        `also` has other names of fields, each with the one by which it is asked for here; who is
+        refused is told the name that the config has. Raises UnsupportedModel where it has both and
+        they differ.
         """
         self.family = family
         self._values = dict(values)
         self._defaults = defaults or {}
+        self._told: dict[str, str] = {}
         for other, name in (also or {}).items():
-            if values.get(other) is not None:
-                self.refuse_unless(name, values[other])
-                self._values[name] = values[other]
+            value = values.get(other)
+            if value is None:
+                continue
+            if values.get(name) not in (None, value):
+                raise self.unsupported(
+                    f"{name} is {values[name]!r} and {other} is {value!r}",
+                    "what is one and the same",
+                )
+            self._values[name] = value
+            self._told[name] = other
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
@@ -174,7 +183,8 @@ class Config:
         return self._values.get(name, self._defaults.get(name, default))
 
     def _refused(self, name: str, known: str) -> UnsupportedModel:
-        return self.unsupported(f"{name} is {self._values.get(name)!r}", known)
+        found = f"{self._told.get(name, name)} is {self._values.get(name)!r}"
+        return self.unsupported(found, known)
 
 
 def _is_int(value: object) -> bool:

@@ -45,6 +45,8 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of an ERNIE-MoE config; raises UnsupportedModel for what flexport does not know."""
     fields = Config("ernie4_5_moe", config, _DEFAULTS)
     fields.refuse_unless("use_bias", False)
+    # A bound on the sum that shares are divided by; this small it does nothing.
+    fields.refuse_unless("moe_norm_min", 1e-12)
     attention = read_attention(fields, read_turn(fields, interleaved=True))
     layers = [Layer(attention=attention, mlp=mlp) for mlp in _mlps(fields)]
     return replace(build_model(fields, layers, read_norm(fields), _PARTS), unused=_UNUSED)

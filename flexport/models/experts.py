@@ -51,8 +51,11 @@ def expert_mlps(experts: Experts, weights: _Weights, x_TD: Tensor) -> Tensor:
     for expert in weights.experts([e for e, count in enumerate(counts) if count]):
         part = slice(starts[expert], starts[expert + 1])
         mine_R = tokens[part]
-        y_RD = gated_mlp(experts.mlp, weights, x_TD[mine_R], "expert_", expert_slot("", expert))
-        total_TD.index_add_(0, mine_R, y_RD.mul_(shares[part, None]))
+        x_RD = x_TD.index_select(0, mine_R)
+        y_RD = gated_mlp(experts.mlp, weights, x_RD, "expert_", expert_slot("", expert))
+        y_RD.mul_(shares[part, None]).add_(total_TD.index_select(0, mine_R))
+        # No token picks an expert twice. To add in place of copying is 500 times slower on a CPU.
+        total_TD.index_copy_(0, mine_R, y_RD)
     if experts.shared is not None:
         y_TD = gated_mlp(experts.shared, weights, x_TD, "shared_")
         if experts.shared_gate:

@@ -4,7 +4,7 @@ Three kinds of decoder: that of the 7b has one key/value head and one norm for b
 "new" one of the 40b, 11b and 180b has a key/value head a group, each group's heads lying together,
 and one norm or two; that of the RefinedWeb models has halves one after the other, as many
 key/value heads as heads, and ALiBi in place of rotary positions. Source: arXiv:2311.16867,
-arXiv:2306.01116, and the config fields of transformers' FalconConfig, whose defaults are ours.
+arXiv:2306.01116, and the fields of transformers' FalconConfig.
 
 ALiBi's slopes are divided by the root of a head's features, as scores are. transformers rounds
 what a column adds to its score to bfloat16, 0.4 % of it at most; here it is exact.
@@ -17,11 +17,24 @@ from typing import Any, Literal
 
 from flexport.models.alibi import alibi_slopes
 from flexport.models.config import Config
-from flexport.models.naming import ACTIVATIONS, checkpoint_names
-from flexport.models.rope import Rope, read_rope
+from flexport.models.like_llama import build_model, read_turn
+from flexport.models.naming import ACTIVATIONS
+from flexport.models.rope import Rope
 from flexport.models.spec import Attention, Fused, Layer, Mlp, ModelSpec, Norm
 
 __all__ = ["spec"]
+
+_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 65024,
+    "hidden_size": 4544,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 71,
+    "max_position_embeddings": 2048,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+}
 
 _PREFIXES = ("transformer.", "")
 
@@ -56,23 +69,22 @@ _NORMS: Mapping[Parallel, Mapping[str, str]] = {
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Falcon config; raises UnsupportedModel for what flexport does not know."""
-    fields = Config("falcon", config, also=_FIELDS)
+    fields = Config("falcon", config, _DEFAULTS, also=_FIELDS)
     fields.refuse_unless("apply_residual_connection_post_layernorm", False)
     fields.refuse_unless("partial_rotary_factor", 1.0)
 
-    hidden_size = fields.count("hidden_size", 4544)
-    num_heads = fields.count("num_attention_heads", 71)
+    hidden_size = fields.count("hidden_size")
+    num_heads = fields.count("num_attention_heads")
     head_dim = fields.head_dim(hidden_size, num_heads)
     bias = fields.flag("bias", False)
     parallel = _parallel(fields)
     num_kv_heads, fused = _heads(fields, num_heads)
-    max_positions = fields.count("max_position_embeddings", 2048)
     rope: Rope | None = None
     slopes: tuple[float, ...] | None = None
     if fields.flag("alibi", False):
         slopes = tuple(slope * head_dim**-0.5 for slope in alibi_slopes(num_heads))
     else:
-        rope = read_rope(fields, head_dim=head_dim, max_positions=max_positions)
+        rope = read_turn(fields)
     layer = Layer(
         attention=Attention(
             num_heads=num_heads,
@@ -92,20 +104,9 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         ),
         parallel=parallel,
     )
-    tied_head = fields.flag("tie_word_embeddings", True)
-    return ModelSpec(
-        family="falcon",
-        vocab_size=fields.count("vocab_size", 65024),
-        hidden_size=hidden_size,
-        layers=(layer,) * fields.count("num_hidden_layers", 32),
-        norm=Norm(kind="layer", eps=fields.number("layer_norm_epsilon", 1e-5), bias=True),
-        max_positions=max_positions if rope is None else max(max_positions, rope.reach),
-        tied_head=tied_head,
-        bos_token_id=fields.token_id("bos_token_id", 11),
-        eos_token_ids=fields.token_ids("eos_token_id", 11),
-        pad_token_id=fields.token_id("pad_token_id", None),
-        names=checkpoint_names({**_PARTS, **_NORMS[parallel]}, _PREFIXES, tied_head=tied_head),
-    )
+    layers = [layer] * fields.count("num_hidden_layers")
+    norm = Norm(kind="layer", eps=fields.number("layer_norm_epsilon"), bias=True)
+    return build_model(fields, layers, norm, {**_PARTS, **_NORMS[parallel]}, _PREFIXES)
 
 
 def _parallel(fields: Config) -> Parallel:

@@ -6,10 +6,13 @@ broken one can't hurt the others. Two packages that add the same family are both
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any
 
 from flexport.errors import UnsupportedModel
@@ -17,7 +20,7 @@ from flexport.models.config import Config
 from flexport.models.multimodal import MULTIMODAL, placed, text_config
 from flexport.models.spec import ModelSpec
 
-__all__ = ["GROUP", "Family", "families", "spec_of"]
+__all__ = ["GROUP", "Family", "about", "families", "spec_of"]
 
 GROUP = "flexport.models"
 
@@ -97,6 +100,20 @@ def families() -> list[Family]:
     return sorted(ours + theirs, key=lambda family: (family.model_type, family.source))
 
 
+def about(model_type: str) -> str:
+    """Which models a family has, in a line; empty where its package does not say.
+
+    Ours say so in their modules' first line, third parties in their package's description.
+    """
+    if model_type in MULTIMODAL:
+        return f"text part of a model that reads images, {MULTIMODAL[model_type].text} by default"
+    if model_type in (*_OURS, *_SHARED):
+        lines = (_module(model_type).__doc__ or "").splitlines()
+        return re.sub(r" \(`model_type` .*?\)", "", "".join(lines[:1])).rstrip(".")
+    entries = entry_points(group=GROUP, name=model_type)
+    return next((entry.dist.metadata["Summary"] or "" for entry in entries if entry.dist), "")
+
+
 def spec_of(
     config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
 ) -> ModelSpec:
@@ -109,7 +126,7 @@ def spec_of(
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModel(
-            f"the model's config has no model_type (found {model_type!r}); known: {_known()}"
+            f"the model's config has no model_type (found {model_type!r}); {_listed()}"
         )
     whole = MULTIMODAL.get(model_type)
     if whole is None:
@@ -145,16 +162,21 @@ _OF_ALL: Mapping[str, object] = {
 
 
 def _ours(model_type: str) -> SpecOf:
-    module = _SHARED.get(model_type, model_type)
-    build: SpecOf = import_module(f"flexport.models.{module}").spec
+    build: SpecOf = _module(model_type).spec
     return build
+
+
+def _module(model_type: str) -> ModuleType:
+    return import_module(f"flexport.models.{_SHARED.get(model_type, model_type)}")
 
 
 def _theirs(model_type: str) -> SpecOf:
     entries = [entry for entry in entry_points(group=GROUP) if entry.name == model_type]
     if not entries:
+        close = get_close_matches(model_type, {family.model_type for family in families()})
+        hint = f"close to it: {', '.join(close)}; " if close else ""
         raise UnsupportedModel(
-            f"no model family {model_type!r}; known: {_known()}. A package can add one through "
+            f"no model family {model_type!r}; {hint}{_listed()}. A package can add one through "
             f"the entry-point group {GROUP!r}"
         )
     if len(entries) > 1:
@@ -180,5 +202,7 @@ def _source(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else entry.value
 
 
-def _known() -> str:
-    return ", ".join(sorted({family.model_type for family in families()}))
+def _listed() -> str:
+    return (
+        f"`flexport models` lists the {len({family.model_type for family in families()})} there are"
+    )

@@ -2,20 +2,33 @@
 
 Learned positions, plain layer norms before each half, GELU by its tanh. Its matrices lie the
 other way round, (features in, features out). Attention may go unscaled, or have its
-scale divided by the layer's number. Source: the config fields of transformers' GPT2Config, whose
-defaults are ours.
+scale divided by the layer's number. Source: the fields of transformers' GPT2Config.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from flexport.models.config import Config
-from flexport.models.naming import ACTIVATIONS, GPT_FIELDS, checkpoint_names
+from flexport.models.like_llama import build_model
+from flexport.models.naming import ACTIVATIONS, GPT_FIELDS
 from flexport.models.spec import Attention, Fused, Layer, Mlp, ModelSpec, Norm
 
 __all__ = ["spec"]
+
+_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 50257,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 1024,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
 
 _PREFIXES = ("transformer.", "")
 
@@ -34,11 +47,11 @@ _PARTS = {
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a GPT-2 config; raises UnsupportedModel for what flexport does not know."""
-    fields = Config("gpt2", config, also=GPT_FIELDS)
+    fields = Config("gpt2", config, _DEFAULTS, also=GPT_FIELDS)
     fields.refuse_unless("add_cross_attention", False)
 
-    hidden_size = fields.count("n_embd", 768)
-    num_heads = fields.count("n_head", 12)
+    hidden_size = fields.count("hidden_size")
+    num_heads = fields.count("num_attention_heads")
     head_dim = fields.head_dim(hidden_size, num_heads)
     scale = head_dim**-0.5 if fields.flag("scale_attn_weights", True) else 1.0
     falls = fields.flag("scale_attn_by_inverse_layer_idx", False)
@@ -61,19 +74,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         )
         return Layer(attention=attention, mlp=mlp, transposed=True)
 
-    max_positions = fields.count("n_positions", 1024)
-    tied_head = fields.flag("tie_word_embeddings", True)
-    return ModelSpec(
-        family="gpt2",
-        vocab_size=fields.count("vocab_size", 50257),
-        hidden_size=hidden_size,
-        layers=tuple(layer(number) for number in range(1, fields.count("n_layer", 12) + 1)),
-        norm=Norm(kind="layer", eps=fields.number("layer_norm_epsilon", 1e-5), bias=True),
-        max_positions=max_positions,
-        learned_positions=max_positions,
-        tied_head=tied_head,
-        bos_token_id=fields.token_id("bos_token_id", 50256),
-        eos_token_ids=fields.token_ids("eos_token_id", 50256),
-        pad_token_id=fields.token_id("pad_token_id", None),
-        names=checkpoint_names(_PARTS, _PREFIXES, tied_head=tied_head),
-    )
+    layers = [layer(number) for number in range(1, fields.count("num_hidden_layers") + 1)]
+    norm = Norm(kind="layer", eps=fields.number("layer_norm_epsilon"), bias=True)
+    model = build_model(fields, layers, norm, _PARTS, _PREFIXES)
+    return replace(model, learned_positions=model.max_positions)

@@ -1,8 +1,7 @@
 """gpt-oss (`model_type` "gpt_oss").
 
 Every second layer sees a window, each head has a sink, everything has biases. All experts' matrices
-of a layer are one tensor, with gate and up in turns; a plain one has features in first, one packed
-as MXFP4 features out. Source: arXiv:2508.10925, and the fields of transformers' GptOssConfig.
+of a layer are one tensor, with features in first, and gate and up in turns. Source: arXiv:2508.10925, and the fields of transformers' GptOssConfig.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
             gated=True,
             fused="pairs",
             bias=True,
-            transposed=not _is_packed(fields),
+            transposed=True,
         ),
         router_bias=True,
         stacked=True,
@@ -77,9 +76,3 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     windows = read_windows(fields, fields.count_or_none("sliding_window"), all_but_every(2))
     layers = [Layer(attention=replace(attention, window=window), mlp=experts) for window in windows]
     return build_model(fields, layers, read_norm(fields), _PARTS)
-
-
-def _is_packed(fields: Config) -> bool:
-    packing = fields.within("quantization", fields.mapping("quantization_config"))
-    packing.refuse_unless("quant_method", "mxfp4")
-    return packing.has("quant_method")

@@ -14,9 +14,18 @@ from flexport.models.config import Config
 from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm
 from flexport.models.spec import Layer, ModelSpec
 
-__all__ = ["spec"]
+__all__ = ["MULTIPLIERS", "multiplied", "spec"]
+
+MULTIPLIERS: Mapping[str, Any] = {
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+"""Where a config does not have them."""
 
 _DEFAULTS: Mapping[str, Any] = {
+    **MULTIPLIERS,
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -24,10 +33,6 @@ _DEFAULTS: Mapping[str, Any] = {
     "num_attention_heads": 32,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
-    "embedding_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "logits_scaling": 1.0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -36,11 +41,20 @@ _DEFAULTS: Mapping[str, Any] = {
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Granite config; raises UnsupportedModel for what flexport does not know."""
     fields = Config("granite", config, _DEFAULTS)
-    attention = replace(read_attention(fields), scale=fields.number("attention_multiplier"))
-    layer = Layer(attention=attention, mlp=read_mlp(fields))
-    model = build_model(fields, [layer] * fields.count("num_hidden_layers"), read_norm(fields))
+    layer = Layer(attention=read_attention(fields), mlp=read_mlp(fields))
+    layers = [layer] * fields.count("num_hidden_layers")
+    return multiplied(fields, build_model(fields, layers, read_norm(fields)))
+
+
+def multiplied(fields: Config, model: ModelSpec) -> ModelSpec:
+    """The same with the four multipliers, of which attention's is in place of its scale."""
+    scale = fields.number("attention_multiplier")
+    layers = tuple(
+        replace(layer, attention=replace(layer.attention, scale=scale)) for layer in model.layers
+    )
     return replace(
         model,
+        layers=layers,
         embed_scale=fields.number("embedding_multiplier"),
         residual_scale=fields.number("residual_multiplier"),
         logit_scale=1 / fields.number("logits_scaling"),

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from flexport.models.config import Config
+from flexport.models.granite import MULTIPLIERS, multiplied
 from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm
 from flexport.models.naming import LLAMA_PARTS
 from flexport.models.spec import Experts, Layer, ModelSpec
@@ -18,6 +19,7 @@ from flexport.models.spec import Experts, Layer, ModelSpec
 __all__ = ["spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
+    **MULTIPLIERS,
     "max_position_embeddings": 2048,
     "num_experts_per_tok": 2,
     "num_local_experts": 8,
@@ -37,17 +39,12 @@ _PARTS = {
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Granite-MoE config; raises UnsupportedModel for what flexport does not know."""
     fields = Config("granitemoe", config, _DEFAULTS)
-    attention = replace(read_attention(fields), scale=fields.number("attention_multiplier", 1.0))
     experts = Experts(
         num_experts=fields.count("num_local_experts"),
         top_k=fields.count("num_experts_per_tok"),
         mlp=replace(read_mlp(fields), fused="halves"),
         stacked=True,
     )
-    layers = [Layer(attention=attention, mlp=experts)] * fields.count("num_hidden_layers")
-    return replace(
-        build_model(fields, layers, read_norm(fields), _PARTS),
-        embed_scale=fields.number("embedding_multiplier", 1.0),
-        residual_scale=fields.number("residual_multiplier", 1.0),
-        logit_scale=1 / fields.number("logits_scaling", 1.0),
-    )
+    layer = Layer(attention=read_attention(fields), mlp=experts)
+    layers = [layer] * fields.count("num_hidden_layers")
+    return multiplied(fields, build_model(fields, layers, read_norm(fields), _PARTS))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from flexport.models.config import Config
-from flexport.models.naming import ACTIVATIONS, LLAMA_PARTS, checkpoint_names
+from flexport.models.naming import ACTIVATIONS, LLAMA_PARTS, PREFIXES, checkpoint_names
 from flexport.models.rope import Rope, read_rope
 from flexport.models.spec import Activation, Attention, Layer, Mlp, ModelSpec, Norm
 
@@ -36,11 +36,7 @@ def read_attention(fields: Config, rope: Rope | None = None) -> Attention:
     `rope` is for what `read_turn` without options does not say.
     """
     num_heads = fields.count("num_attention_heads")
-    num_kv_heads = fields.count("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise fields.unsupported(
-            f"num_key_value_heads is {num_kv_heads}", f"a divisor of {num_heads} heads"
-        )
+    num_kv_heads = fields.kv_heads("num_key_value_heads", num_heads, num_heads)
     head_dim = _head_dim(fields)
     bias = fields.flag("attention_bias", False)
     return Attention(
@@ -122,8 +118,13 @@ def build_model(
     layers: Sequence[Layer],
     norm: Norm,
     parts: Mapping[str, str] = LLAMA_PARTS,
+    prefixes: Sequence[str] = PREFIXES,
+    heads: Sequence[str] = ("lm_head",),
 ) -> ModelSpec:
-    """The spec of these layers, with the rest of the config; `parts` are its names of tensors."""
+    """The spec of these layers, with the rest of the config.
+
+    `parts`, `prefixes` and `heads` are its names of tensors, as in `checkpoint_names`.
+    """
     tied_head = fields.flag("tie_word_embeddings", False)
     ropes = [layer.attention.rope for layer in layers if layer.attention.rope is not None]
     return ModelSpec(
@@ -139,5 +140,5 @@ def build_model(
         bos_token_id=fields.token_id("bos_token_id", None),
         eos_token_ids=fields.token_ids("eos_token_id", None),
         pad_token_id=fields.token_id("pad_token_id", None),
-        names=checkpoint_names(parts, tied_head=tied_head),
+        names=checkpoint_names(parts, prefixes, tied_head=tied_head, heads=heads),
     )

@@ -1,8 +1,7 @@
 """MPT (`model_type` "mpt").
 
 ALiBi in place of positions, layer norms without biases, no biases at all; queries, keys and values
-are stacked in one projection. Source: the config fields of transformers' MptConfig, whose defaults
-are ours.
+are stacked in one projection. Source: the fields of transformers' MptConfig.
 
 The code that trained these models knows more than transformers runs: such configs are refused.
 Only alibi_bias_max, which is 16 in the "storywriter" and which transformers passes over, is taken at
@@ -16,17 +15,28 @@ from typing import Any, Literal
 
 from flexport.models.alibi import alibi_slopes
 from flexport.models.config import Config
-from flexport.models.naming import checkpoint_names
+from flexport.models.like_llama import build_model
 from flexport.models.spec import Attention, Fused, Layer, Mlp, ModelSpec, Norm
 
 __all__ = ["spec"]
 
+_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 50368,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 2048,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
+
 _PREFIXES = ("transformer.", "")
 
 _FIELDS = {
-    "hidden_size": "d_model",
-    "num_attention_heads": "n_heads",
-    "num_hidden_layers": "n_layers",
+    "d_model": "hidden_size",
+    "max_seq_len": "max_position_embeddings",
+    "n_heads": "num_attention_heads",
+    "n_layers": "num_hidden_layers",
 }
 
 _PARTS = {
@@ -60,7 +70,7 @@ _ONLY_IN_ATTENTION: Mapping[str, object] = {
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of an MPT config; raises UnsupportedModel for what flexport does not know."""
-    fields = Config("mpt", config, also=_FIELDS)
+    fields = Config("mpt", config, _DEFAULTS, also=_FIELDS)
     for name, required in _ONLY.items():
         fields.refuse_unless(name, required)
     fields.within("ffn_config", fields.mapping("ffn_config")).refuse_unless("ffn_type", "mptmlp")
@@ -68,8 +78,8 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     for name, required in _ONLY_IN_ATTENTION.items():
         own.refuse_unless(name, required)
 
-    hidden_size = fields.count("d_model", 2048)
-    num_heads = fields.count("n_heads", 16)
+    hidden_size = fields.count("hidden_size")
+    num_heads = fields.count("num_attention_heads")
     head_dim = fields.head_dim(hidden_size, num_heads)
     layer = Layer(
         attention=Attention(
@@ -84,17 +94,6 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
         mlp=Mlp(size=4 * hidden_size, activation="gelu"),
     )
     norm_kind = fields.choice("norm_type", "low_precision_layernorm", _NORMS)
-    tied_head = fields.flag("tie_word_embeddings", True)
-    return ModelSpec(
-        family="mpt",
-        vocab_size=fields.count("vocab_size", 50368),
-        hidden_size=hidden_size,
-        layers=(layer,) * fields.count("n_layers", 24),
-        norm=Norm(kind=norm_kind, eps=fields.number("layer_norm_epsilon", 1e-5)),
-        max_positions=fields.count("max_seq_len", 2048),
-        tied_head=tied_head,
-        bos_token_id=fields.token_id("bos_token_id", None),
-        eos_token_ids=fields.token_ids("eos_token_id", None),
-        pad_token_id=fields.token_id("pad_token_id", None),
-        names=checkpoint_names(_PARTS, _PREFIXES, tied_head=tied_head),
-    )
+    norm = Norm(kind=norm_kind, eps=fields.number("layer_norm_epsilon"))
+    layers = [layer] * fields.count("num_hidden_layers")
+    return build_model(fields, layers, norm, _PARTS, _PREFIXES)

@@ -27,12 +27,12 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 GPT_FIELDS: Mapping[str, str] = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
 }
-"""Config fields of GPT-2 and of what was made from its code, by the names that others have."""
+"""Config fields of GPT-2 and of what was made from its code, with the names that others have."""
 
 LLAMA_PARTS: Mapping[str, str] = {
     "tokens": "embed_tokens",

@@ -16,8 +16,10 @@ DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "uint8": torch.uint8,
 }
-"""The floating-point dtypes a checkpoint may hold, by the names torch and transformers use."""
+"""The dtypes a checkpoint may hold, by the names torch and transformers use."""
 
 _NO_MEMORY = (
     "out of memory",

@@ -11,10 +11,12 @@ from tiny_families import VARIANTS, Variant, make, variants
 from torch import Tensor
 
 from flexport.checkpoint.directory import SINGLE_FILE
+from flexport.engine.shards import place_weights
 from flexport.engine.source import open_source
 from flexport.errors import UnsupportedModel
 from flexport.models import layer_tensors
 from flexport.models.multimodal import MULTIMODAL
+from flexport.policy import Split
 
 BUFFERS = {
     # What older versions of transformers saved beside the weights.
@@ -86,6 +88,24 @@ def test_buffers_that_published_checkpoints_carry_along_are_passed_over(family, 
 
     assert source.files is not None
     assert set(source.files) == set(state)
+
+
+def test_heads_that_are_apart_in_the_file_are_the_rows_of_one_tensor(tmp_path):
+    base, changes = VARIANTS["stablelm"]
+    make(Variant("stablelm", "2-12b", {**base, **changes["2-12b"]}), tmp_path)
+    source = open_source(str(tmp_path), None, "auto")
+    assert source.files is not None
+    files = source.files
+
+    layers = place_weights(
+        source.spec,
+        lambda tensor: source.stored(tensor, files),
+        Split(device=0.5, host=0.25, disk=0.25),
+    )
+
+    own = [shard for shard in layers[1] if shard.slot == "q_norm.weight"]
+    assert [shard.first_row for shard in own] == [0, 1, 2, 3]
+    assert {shard.shape for shard in own} == {(1, 8)}
 
 
 def test_a_tensor_that_no_layer_owns_is_refused(tmp_path):

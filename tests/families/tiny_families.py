@@ -1,19 +1,11 @@
-"""Tiny models of every family, each with the features that its configs can switch on.
-
-A variant is a config of transformers' own class, so it is as a published model would have it; its
-weights are random and seeded, every one of them different from what a fresh model has, because
-fresh biases are 0 and fresh norm weights 1, which would hide a forgotten one.
-"""
+"""Tiny models of every family, each with the features that its configs can switch on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from flexport.testing.families.tiny import Variant, make
 
 __all__ = ["VARIANTS", "Variant", "make", "variants"]
 
@@ -118,6 +110,7 @@ DEEPSEEK_SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 10,
     "qk_rope_head_dim": 6,
     "v_head_dim": 12,
+    "rms_norm_eps": 1e-2,  # that of compressed vectors is another, in no config
 }
 
 SHORT_YARN: dict[str, Any] = {"factor": 4.0, "original_max_position_embeddings": 16}
@@ -788,38 +781,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One tiny model of a family."""
-
-    family: str
-    name: str
-    config: Mapping[str, Any] = field(repr=False)
-
-    def __str__(self) -> str:
-        return f"{self.family}: {self.name}"
-
-
 def variants() -> Iterator[Variant]:
     """All of them."""
     for family, (base, changes) in VARIANTS.items():
         for name, change in changes.items():
             yield Variant(family, name, {**base, **change})
-
-
-def make(variant: Variant, directory: Path) -> Any:
-    """transformers' model of the variant in float32, saved to a directory in several shards."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(variant.family, **variant.config)
-    auto = (
-        AutoModelForImageTextToText if "vision_config" in variant.config else AutoModelForCausalLM
-    )
-    model = auto.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter == 1))
-        for buffer in model.buffers():
-            if buffer.is_floating_point() and not buffer.any():
-                buffer.copy_(torch.randn_like(buffer) * 0.2)
-    model.save_pretrained(directory, max_shard_size="50KB")
-    return model

@@ -8,7 +8,7 @@ from textwrap import dedent
 import pytest
 
 from flexport.errors import UnsupportedModel
-from flexport.models import families, known_config, layer_tensors, spec_of
+from flexport.models import about, families, known_config, layer_tensors, spec_of
 
 OPT = {"model_type": "opt"}
 
@@ -18,7 +18,9 @@ def install(folder: Path, distribution: str, entry: str, code: str = "") -> None
     module = distribution.replace("-", "_")
     metadata = folder / f"{module}-1.0.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(f"Name: {distribution}\nVersion: 1.0\n")
+    (metadata / "METADATA").write_text(
+        f"Name: {distribution}\nVersion: 1.0\nSummary: Models of {distribution}\n"
+    )
     (metadata / "entry_points.txt").write_text(f"[flexport.models]\n{entry}\n")
     (folder / f"{module}.py").write_text(dedent(code))
 
@@ -77,8 +79,17 @@ def test_heads_that_do_not_divide_the_hidden_size_are_refused():
         spec_of({**OPT, "num_attention_heads": 7})
 
 
-def test_an_unknown_family_is_refused_with_the_known_ones():
-    with pytest.raises(UnsupportedModel, match=r"no model family 'rwkv'; known: .*llama.*opt"):
+def test_an_unknown_family_is_refused_with_those_of_like_names_alone():
+    with pytest.raises(UnsupportedModel) as refusal:
+        spec_of({"model_type": "qwen3_mo"})
+
+    assert "no model family 'qwen3_mo'; close to it: qwen3_moe, " in str(refusal.value)
+    assert f"`flexport models` lists the {len(families())} there are" in str(refusal.value)
+    assert "opt" not in str(refusal.value)
+
+
+def test_an_unknown_family_like_no_other_is_told_where_they_are_listed():
+    with pytest.raises(UnsupportedModel, match=r"no model family 'rwkv'; `flexport models` lists"):
         spec_of({"model_type": "rwkv"})
 
 
@@ -108,6 +119,7 @@ def test_an_installed_package_adds_a_family(tmp_path, monkeypatch):
     listed = [(f.model_type, f.source) for f in families()]
     assert listed[0] == ("acme", "acme-models")
     assert ("opt", "flexport") in listed
+    assert about("acme") == "Models of acme-models"
 
 
 @pytest.mark.parametrize(

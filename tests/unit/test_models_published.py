@@ -363,6 +363,16 @@ def test_old_fields_say_how_much_of_a_head_turns_and_how_fast(name, num_features
 
 
 @pytest.mark.parametrize(
+    ("family", "num_features"), [("gpt_neox", 24), ("gptj", 64), ("phi", 32), ("stablelm", 20)]
+)
+def test_a_share_of_a_head_turns_where_the_config_does_not_say(family, num_features):
+    rope = attention_of({"model_type": family}).rope
+
+    assert rope is not None
+    assert rope.num_features == num_features
+
+
+@pytest.mark.parametrize(
     ("name", "names"),
     [
         ("gpt2-xl", {"n_embd": "hidden_size", "n_layer": "num_hidden_layers"}),
@@ -384,7 +394,7 @@ def test_fields_are_found_by_either_of_their_names(name, names):
 def test_two_names_of_a_field_that_do_not_agree_are_refused():
     config = {**PUBLISHED["gpt2-xl"], "hidden_size": 1601}
 
-    with pytest.raises(UnsupportedModel, match=r"n_embd is 1600; flexport can run 1601"):
+    with pytest.raises(UnsupportedModel, match=r"hidden_size is 1601 and n_embd is 1600"):
         spec_of(config)
 
 

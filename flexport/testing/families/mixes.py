@@ -1,4 +1,4 @@
-"""Each family's greedy tokens are transformers', wherever its tensors live.
+"""Whole runs of tiny models, with their tensors in many mixes of places, and what they should say.
 
 Each variant runs in two of the mixes below, so that a family with several variants meets them all;
 FLEXPORT_TEST_ALL_MIXES=1 runs every variant in every mix.
@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_families import Variant, make, variants
 
 import flexport
 from flexport import Policy, SamplingParams
 from flexport.testing.discrete import DiscreteBackend
+from flexport.testing.families.tiny import Variant, make
+
+__all__ = ["Reference", "cases", "continuations", "reference_of"]
 
 PROMPT_LENGTHS = (1, 7, 7, 13, 24, 41)
 NEW_TOKENS = (14, 3, 9, 14, 1, 12)
@@ -76,10 +78,10 @@ class Reference:
     continuations: list[list[int]]
 
 
-def cases() -> Iterator[Any]:
-    """Each variant with its mixes."""
+def cases(variants: Sequence[Variant]) -> Iterator[Any]:
+    """Each variant with its mixes, as pytest's parameters."""
     names = list(MIXES)
-    for number, variant in enumerate(variants()):
+    for number, variant in enumerate(variants):
         own = [names[(2 * number + step) % len(names)] for step in range(2)]
         for mix in names if os.environ.get("FLEXPORT_TEST_ALL_MIXES") else own:
             yield pytest.param(variant, MIXES[mix], id=f"{variant}, {mix}")
@@ -88,18 +90,53 @@ def cases() -> Iterator[Any]:
 _made: dict[str, Reference] = {}
 
 
-@pytest.fixture
-def reference(variant: Variant, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Made once for all mixes of a variant."""
+def reference_of(variant: Variant, folders: pytest.TempPathFactory) -> Reference:
+    """What transformers says, which is kept until another variant's is asked for."""
     key = str(variant)
     if key not in _made:
         _made.clear()
-        _made[key] = _reference(variant, tmp_path_factory.mktemp("family"))
+        _made[key] = _reference(variant, folders.mktemp("family"))
     return _made[key]
 
 
+def continuations(reference: Reference, mix: dict[str, Any], offload_dir: Path) -> list[list[int]]:
+    """How the engine continues the prompts, with the tensors where the mix has them."""
+    return run(reference, mix, offload_dir)[0]
+
+
+def run(
+    reference: Reference, mix: dict[str, Any], offload_dir: Path
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """The same, and the run's report."""
+    mix = dict(mix)
+    own, percent = mix.pop("own"), mix.pop("percent")
+    weights, cache, activations = Policy.splits_from_percent(percent)
+    policy = Policy(weights=weights, cache=cache, activations=activations, **mix)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in NEW_TOKENS]
+    with contextlib.ExitStack() as stack:
+        backend: Any = "cpu"
+        if own:
+            backend = stack.enter_context(contextlib.closing(DiscreteBackend(memory_bytes=1 << 30)))
+        llm = stack.enter_context(
+            flexport.LLM(
+                reference.directory,
+                backend=backend,
+                dtype="float32",
+                policy=policy,
+                offload_dir=offload_dir,
+                **MEMORY,
+            )
+        )
+        outputs = llm.generate(reference.prompts, params)
+        return [list(output.outputs[0].token_ids) for output in outputs], llm.report
+
+
 def _reference(variant: Variant, directory: Path) -> Reference:
-    model = make(variant, directory)
+    return reference_from(make(variant, directory), directory)
+
+
+def reference_from(model: Any, directory: Path) -> Reference:
+    """Some prompts, and how transformers' model, which lies in the directory, continues them."""
     draw, prompts, continuations = random.Random(7), [], []
     for length, num_new in zip(PROMPT_LENGTHS, NEW_TOKENS, strict=True):
         while True:
@@ -127,30 +164,3 @@ def _continued(model: Any, prompt: list[int], num_new: int) -> list[int] | None:
         if len(ids) == num_new:
             return ids
         out = model(torch.tensor([ids[-1:]]), past_key_values=out.past_key_values, use_cache=True)
-
-
-@pytest.mark.parametrize(("variant", "mix"), list(cases()))
-def test_greedy_tokens_are_those_of_transformers(variant, mix, reference, tmp_path):
-    mix = dict(mix)
-    own, percent = mix.pop("own"), mix.pop("percent")
-    weights, cache, activations = Policy.splits_from_percent(percent)
-    policy = Policy(weights=weights, cache=cache, activations=activations, **mix)
-    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in NEW_TOKENS]
-
-    with contextlib.ExitStack() as stack:
-        backend: Any = "cpu"
-        if own:
-            backend = stack.enter_context(contextlib.closing(DiscreteBackend(memory_bytes=1 << 30)))
-        llm = stack.enter_context(
-            flexport.LLM(
-                reference.directory,
-                backend=backend,
-                dtype="float32",
-                policy=policy,
-                offload_dir=tmp_path,
-                **MEMORY,
-            )
-        )
-        outputs = llm.generate(reference.prompts, params)
-
-    assert [list(output.outputs[0].token_ids) for output in outputs] == reference.continuations

@@ -1,4 +1,4 @@
-"""Each family's layers give what transformers' layers give, within float32's rounding.
+"""A family's layers one after the other, with no engine around them: whole weights, and no cache.
 
 Dimension key: L tokens of a row, T all tokens laid end to end, D hidden features, H heads,
 E features of a head, V vocabulary.
@@ -6,30 +6,26 @@ E features of a head, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import Variant, make, variants
 from torch import Tensor
 from torch.nn import functional
 
 from flexport.backend import AttentionSpec
 from flexport.engine.attend import common_to_rows
-from flexport.engine.source import Source, open_source
+from flexport.engine.source import Source
 from flexport.models import ModelSpec, layer_tensors
 from flexport.models.decoder import decoder_layer, embed, head
 from flexport.models.rope import Rope
 from flexport.torch_ops.attention import attention
 
-LENGTHS = (7, 1, 40, 12)
+__all__ = ["WholeWeights", "draw_rows", "states_and_logits", "whole_state"]
 
-# float32 has 24 bits; three tiny layers in another order of summation lose a few of them.
-TOLERANCE = 1e-4
+LENGTHS = (7, 1, 40, 12)
+"""Of the rows that are laid end to end."""
 
 
 class WholeWeights:
@@ -107,7 +103,7 @@ class RowTurns:
 def states_and_logits(source: Source, rows_L: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """All rows' states before each layer, and logits, laid end to end."""
     spec, lengths = source.spec, [len(row_L) for row_L in rows_L]
-    state = _state(source)
+    state = whole_state(source)
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     turns = RowTurns(lengths)
 
@@ -121,7 +117,8 @@ def states_and_logits(source: Source, rows_L: Sequence[Tensor]) -> tuple[list[Te
     return states, head(spec, WholeWeights(spec, spec.head_layer, state), x_TD)
 
 
-def _state(source: Source) -> dict[str, Tensor]:
+def whole_state(source: Source) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by its name."""
     assert source.files is not None
     state: dict[str, Tensor] = {}
     for path in {file.path for file in source.files.values()}:
@@ -130,60 +127,6 @@ def _state(source: Source) -> dict[str, Tensor]:
 
 
 def draw_rows(vocab_size: int) -> list[Tensor]:
+    """Token ids of rows of several lengths."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(3, vocab_size, (length,), generator=generator) for length in LENGTHS]
-
-
-@pytest.fixture(params=list(variants()), ids=str)
-def variant(request: pytest.FixtureRequest) -> Variant:
-    """Each tiny model in turn."""
-    found: Variant = request.param
-    return found
-
-
-@torch.no_grad()
-def test_ragged_rows_get_the_states_and_logits_that_transformers_gives_each_alone(
-    variant, tmp_path
-):
-    model = make(variant, tmp_path)
-    source = open_source(str(tmp_path), None, "auto")
-    rows_L = draw_rows(source.spec.vocab_size)
-
-    states, logits_TV = states_and_logits(source, rows_L)
-
-    expected: list[Any] = [
-        model(input_ids=row_L[None], output_hidden_states=True) for row_L in rows_L
-    ]
-    assert logits_TV.dtype == torch.float32
-    for index, state_TD in enumerate(states):
-        theirs_TD = torch.cat([out.hidden_states[index][0] for out in expected])
-        torch.testing.assert_close(state_TD, theirs_TD, rtol=TOLERANCE, atol=TOLERANCE)
-    theirs_TV = torch.cat([out.logits[0] for out in expected])
-    torch.testing.assert_close(logits_TV, theirs_TV, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-@torch.no_grad()
-def test_the_head_leaves_the_hidden_states_as_they_were(variant, tmp_path):
-    make(variant, tmp_path)
-    source = open_source(str(tmp_path), None, "auto")
-    weights = WholeWeights(source.spec, source.spec.head_layer, _state(source))
-    x_TD = torch.randn(5, source.spec.hidden_size)
-    before_TD = x_TD.clone()
-
-    head(source.spec, weights, x_TD)
-
-    assert torch.equal(x_TD, before_TD)
-
-
-def test_the_layers_own_every_tensor_of_the_checkpoint_once(variant, tmp_path):
-    make(variant, tmp_path)
-    source = open_source(str(tmp_path), None, "auto")
-    spec = source.spec
-    tensors = itertools.chain.from_iterable(
-        layer_tensors(spec, layer) for layer in range(spec.num_schedule_layers)
-    )
-
-    owned = {name for tensor in tensors for name in tensor.names}
-
-    saved = {name for path in tmp_path.glob("*.safetensors") for name in load_file(path)}
-    assert {name for name in saved if not name.startswith(spec.unused)} <= owned
