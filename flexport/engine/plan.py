@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -69,6 +70,7 @@ def model_sizes(
         )
         # Each part of a tensor may begin and end within a grain, and two cuts make two more parts.
         slack_bytes = max(slack_bytes, 2 * GRAIN_BYTES * (len(own) + 2) + CUT_ROWS * widest)
+    slack_bytes += max(_exact_excess_bytes(own, ratio) for own in layers)
     projections = _projection_values(spec)
     return ModelSizes(
         layer_bytes=tuple(sum(each.disk_bytes for _, each in own) for own in layers),
@@ -105,6 +107,13 @@ def model_sizes(
     )
 
 
+def _exact_excess_bytes(own: Sequence[tuple[TensorSpec, TensorSize]], ratio: float) -> int:
+    """What a layer's exact tensors may take near the device beyond what all take on average."""
+    return math.ceil(
+        sum(max(0.0, each.near_bytes - ratio * each.disk_bytes) for t, each in own if t.exact)
+    )
+
+
 def _scratch_bytes(sizes: Sequence[TensorSize]) -> int:
     """What the numbers of packed tensors take, in whole grains of memory."""
     return sum(
@@ -138,6 +147,8 @@ def _work_values(spec: ModelSpec, layer: Layer) -> int:
     attending = spec.hidden_size + _crossing_values(attention)
     if isinstance(attention, Attention) and attention.rope is not None:
         attending += attention.query_size  # the parts of a turn, before they are put together
+    if isinstance(attention, Attention) and attention.head_norm is not None:
+        attending += 2 * attention.query_size  # queries in float32, and what their norm makes
     if isinstance(attention, LatentAttention):
         attending += 2 * attention.query_size + attention.out_size
     if isinstance(mlp, Experts):

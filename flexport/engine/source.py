@@ -70,7 +70,8 @@ class Source:
                 near_bytes=stored.num_bytes,
                 scratch_bytes=decoded_bytes,
             )
-        return TensorSize(disk_bytes=stored.num_bytes, near_bytes=decoded_bytes)
+        near_bytes = stored.num_bytes if stored.is_exact else decoded_bytes
+        return TensorSize(disk_bytes=stored.num_bytes, near_bytes=near_bytes)
 
     @property
     def file_dtype(self) -> str | None:

@@ -111,6 +111,11 @@ class Stored:
         return self.packing.kind != "none"
 
     @property
+    def is_exact(self) -> bool:
+        """Whether it is computed with in the dtype of its file."""
+        return self.tensor.exact and not self.is_packed
+
+    @property
     def transposed(self) -> bool:
         """A matrix that lies as (features in, features out)."""
         return self.tensor.transposed and self.packing.kind != "mxfp4"

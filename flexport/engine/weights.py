@@ -217,9 +217,9 @@ class ModelWeights:
             lease.release()
 
     def _resident_tensor(self, shard: Shard, view: Tensor) -> Tensor:
-        pool = self._store.device
-        buffer = pool.take(view.numel() * self._dtype.itemsize)
-        plain = as_tensor(buffer.bytes_B, 0, shard.shape, self._dtype).copy_(view)
+        pool, dtype = self._store.device, _dtype_in_use(shard, self._dtype)
+        buffer = pool.take(view.numel() * dtype.itemsize)
+        plain = as_tensor(buffer.bytes_B, 0, shard.shape, dtype).copy_(view)
         # A tied head is a table too, and a packed weight can't be read by rows.
         is_table = self.spec.tied_head and shard.slot == "head.weight"
         is_matrix = shard.tensor.kind == "matrix" and not is_table
@@ -277,12 +277,17 @@ class ModelWeights:
 
 
 def decoded_bytes(shards: Sequence[Shard], dtype: torch.dtype) -> int:
-    """What copies of the shards in `dtype` take; nothing for those that have it in the file."""
+    """What copies take of the shards that are not computed with as they are in the file."""
     return sum(
         Pool.rounded(math.prod(shard.shape) * dtype.itemsize)
         for shard in shards
-        if shard.stored.is_packed or _dtype_of(shard) != dtype
+        if shard.stored.is_packed or _dtype_of(shard) != _dtype_in_use(shard, dtype)
     )
+
+
+def _dtype_in_use(shard: Shard, dtype: torch.dtype) -> torch.dtype:
+    """What a shard is computed with in, in a run that computes in `dtype`."""
+    return _dtype_of(shard) if shard.stored.is_exact else dtype
 
 
 def _dtype_of(shard: Shard) -> torch.dtype:
@@ -477,7 +482,7 @@ class LayerLease:
         decoded.clear()
 
     def _decode(self, shard: Shard, parts: Sequence[Tensor], decoded: list[Buffer]) -> Tensor:
-        if parts[0].dtype == self._dtype:
+        if parts[0].dtype == _dtype_in_use(shard, self._dtype):
             return parts[0]
         buffer = self._store.device.take(math.prod(shard.shape) * self._dtype.itemsize)
         decoded.append(buffer)

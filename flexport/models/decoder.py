@@ -64,10 +64,13 @@ class Weights(Protocol):
         """The products of one x with several parts."""
 
     def vector(self, slot: str) -> Tensor:
-        """A norm's weight or bias, on the device, in the dtype computed in, in its own shape."""
+        """A vector, or one a head, on the device, in its own shape.
+
+        In the dtype computed in; what is exact (`TensorSpec.exact`), in its file's.
+        """
 
     def matrix(self, part: str) -> Tensor:
-        """A whole matrix (F, D) on the device, in the dtype computed in."""
+        """A whole matrix (F, D) on the device, in the same dtypes."""
 
     def rows(self, part: str, ids_T: Tensor) -> Tensor:
         """Rows of a table, in the dtype computed in.

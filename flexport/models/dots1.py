@@ -19,11 +19,18 @@ from flexport.models.spec import HeadNorm, ModelSpec
 __all__ = ["spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 4608,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
     "first_k_dense_replace": 0,
     "max_position_embeddings": 2048,
-    "max_window_layers": 62,
     "rms_norm_eps": 1e-6,
     "sliding_window": 4096,
+    "max_window_layers": 62,
 }
 
 

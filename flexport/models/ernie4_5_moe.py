@@ -19,13 +19,22 @@ from flexport.models.spec import Experts, Layer, Mlp, ModelSpec
 __all__ = ["spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
-    "max_position_embeddings": 131072,
-    "moe_k": 6,
+    "vocab_size": 103424,
+    "hidden_size": 2560,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 4,
     "moe_num_experts": 64,
     "moe_num_shared_experts": 2,
-    "num_key_value_heads": 4,
+    "moe_k": 6,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": -1,
+    "moe_layer_interval": 1,
+    "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
+    "rope_theta": 5e5,
     "tie_word_embeddings": True,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -62,9 +71,9 @@ def _mlps(fields: Config) -> list[Mlp | Experts]:
         correction="row",
         shared=replace(dense, size=num_shared * size) if num_shared else None,
     )
-    num_layers, step = fields.count("num_hidden_layers"), fields.count("moe_layer_interval", 1)
-    first = fields.count("moe_layer_start_index", 1, least=0)
-    last = fields.count("moe_layer_end_index", -1, least=-1)
+    num_layers, step = fields.count("num_hidden_layers"), fields.count("moe_layer_interval")
+    first = fields.count("moe_layer_start_index", least=0)
+    last = fields.count("moe_layer_end_index", least=-1)
     with_experts = range(first, num_layers if last == -1 else last + 1)
     return [
         experts if layer in with_experts and (layer + 1) % step == 0 else dense

@@ -50,5 +50,5 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def read_gemma_norm(fields: Config) -> Norm:
-    """A norm of which 1 + weight is the factor."""
-    return replace(read_norm(fields), plus_one=True)
+    """A norm of which 1 + weight is the factor, multiplied in float32."""
+    return replace(read_norm(fields, wide=True), plus_one=True)

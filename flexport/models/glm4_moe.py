@@ -19,12 +19,20 @@ from flexport.models.spec import HeadNorm, ModelSpec
 __all__ = ["spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 46,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
     "first_k_dense_replace": 1,
     "max_position_embeddings": 131072,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_experts_per_tok": 8,
-    "num_key_value_heads": 8,
     "partial_rotary_factor": 0.5,
     "rms_norm_eps": 1e-5,
 }

@@ -1,7 +1,8 @@
 """gpt-oss (`model_type` "gpt_oss").
 
 Every second layer sees a window, each head has a sink, everything has biases. All experts' matrices
-of a layer are one tensor, with features in first, and gate and up in turns. Source: arXiv:2508.10925, and the fields of transformers' GptOssConfig.
+of a layer are one tensor, with features in first, and gate and up in turns. Source:
+arXiv:2508.10925, and the fields of transformers' GptOssConfig.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ from flexport.models.spec import ClampedSilu, Experts, Layer, Mlp, ModelSpec
 __all__ = ["spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
-    "attention_bias": True,
-    "head_dim": 64,
-    "max_position_embeddings": 131072,
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
     "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 128,
     "num_experts_per_tok": 4,
+    "attention_bias": True,
+    "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "rope_theta": 150000.0,
     "rope_parameters": {
@@ -75,4 +82,4 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     attention = replace(read_attention(fields), sinks=True)
     windows = read_windows(fields, fields.count_or_none("sliding_window"), all_but_every(2))
     layers = [Layer(attention=replace(attention, window=window), mlp=experts) for window in windows]
-    return build_model(fields, layers, read_norm(fields), _PARTS)
+    return build_model(fields, layers, read_norm(fields, wide=True), _PARTS)

@@ -20,9 +20,14 @@ __all__ = ["spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
     **MULTIPLIERS,
-    "max_position_embeddings": 2048,
-    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
     "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -37,4 +37,6 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Config("helium", config, _DEFAULTS)
     attention = read_attention(fields, read_turn(fields, interleaved=True))
     layer = Layer(attention=replace(attention, out_bias=False), mlp=read_mlp(fields))
-    return build_model(fields, [layer] * fields.count("num_hidden_layers"), read_norm(fields))
+    return build_model(
+        fields, [layer] * fields.count("num_hidden_layers"), read_norm(fields, wide=True)
+    )

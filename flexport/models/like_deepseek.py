@@ -34,6 +34,12 @@ def read_latent_attention(fields: Config, *, interleaved: bool) -> LatentAttenti
     fields.refuse_unless("num_key_value_heads", num_heads)
     plain_dim, rope_dim = fields.count("qk_nope_head_dim"), fields.count("qk_rope_head_dim")
     bias = fields.flag("attention_bias", False)
+    rope = read_rope(
+        fields,
+        head_dim=rope_dim,
+        max_positions=fields.count("max_position_embeddings"),
+        interleaved=interleaved,
+    )
     return LatentAttention(
         num_heads=num_heads,
         query_rank=fields.count_or_none("q_lora_rank"),
@@ -42,12 +48,7 @@ def read_latent_attention(fields: Config, *, interleaved: bool) -> LatentAttenti
         rope_dim=rope_dim,
         value_dim=fields.count("v_head_dim"),
         scale=(plain_dim + rope_dim) ** -0.5 * score_scale(fields),
-        rope=read_rope(
-            fields,
-            head_dim=rope_dim,
-            max_positions=fields.count("max_position_embeddings"),
-            interleaved=interleaved,
-        ),
+        rope=rope,
         norm=Norm(kind="rms", eps=_LATENT_EPS),
         bias=bias,
         out_bias=bias,

@@ -87,9 +87,9 @@ def read_mlp(
     )
 
 
-def read_norm(fields: Config) -> Norm:
-    """A norm by the mean square."""
-    return Norm(kind="rms", eps=fields.number("rms_norm_eps"))
+def read_norm(fields: Config, *, wide: bool = False) -> Norm:
+    """A norm by the mean square; `wide` is as in `Norm`."""
+    return Norm(kind="rms", eps=fields.number("rms_norm_eps"), wide=wide)
 
 
 def read_windows(

@@ -18,9 +18,15 @@ from flexport.models.spec import Experts, Layer, ModelSpec
 __all__ = ["spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
-    "max_position_embeddings": 131072,
-    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
     "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
     "bos_token_id": 1,

@@ -40,7 +40,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of an Olmo2 config; raises UnsupportedModel for what flexport does not know."""
     fields = Config("olmo2", config, DEFAULTS)
     fields.refuse_unless("clip_qkv", None)
-    norm = read_norm(fields)
+    norm = read_norm(fields, wide=True)
     attention = replace(read_attention(fields), head_norm=HeadNorm(norm=norm, over="all"))
     layer = Layer(attention=attention, mlp=read_mlp(fields), norms="output")
     return build_model(fields, [layer] * fields.count("num_hidden_layers"), norm, PARTS)

@@ -33,7 +33,7 @@ _DEFAULTS: Mapping[str, Any] = {**olmo2.DEFAULTS, "rope_theta": 5e5, "sliding_wi
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of an Olmo3 config; raises UnsupportedModel for what flexport does not know."""
     fields = Config("olmo3", config, _DEFAULTS)
-    norm, mlp = read_norm(fields), read_mlp(fields)
+    norm, mlp = read_norm(fields, wide=True), read_mlp(fields)
     full = replace(
         read_attention(fields, read_turn(fields, layer_type=FULL)),
         head_norm=HeadNorm(norm=norm, over="all"),

@@ -18,9 +18,14 @@ from flexport.models.spec import Experts, HeadNorm, Layer, ModelSpec
 __all__ = ["spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
-    "max_position_embeddings": 4096,
-    "num_experts_per_tok": 8,
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
     "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
     "eos_token_id": 50279,
     "pad_token_id": 1,

@@ -31,15 +31,19 @@ def apply_norm(norm: Norm, weights: _Weights, x_TF: Tensor, part: str) -> Tensor
     weight_F = weights.vector(f"{part}.weight") if norm.weight else None
     bias_F = weights.vector(f"{part}.bias") if norm.bias else None
     size = (x_TF.shape[-1],)
-    if norm.kind == "layer":
-        if weight_F is None or weight_F.dim() == 1:
-            return functional.layer_norm(x_TF, size, weight_F, bias_F, norm.eps)
-        return functional.layer_norm(x_TF, size, None, None, norm.eps).mul_(weight_F)
+    of_heads = weight_F is not None and weight_F.dim() > 1
+    if norm.kind == "layer" and not of_heads:
+        return functional.layer_norm(x_TF, size, weight_F, bias_F, norm.eps)
+    assert bias_F is None, norm
+    if weight_F is not None and norm.plus_one:
+        weight_F = weight_F.float() + 1
     wide_TF = x_TF.float()
+    if norm.kind == "layer":
+        wide_TF = wide_TF - wide_TF.mean(-1, keepdim=True)
     length_T1 = torch.linalg.vector_norm(wide_TF, dim=-1, keepdim=True)
     factor_T1 = torch.rsqrt(length_T1.square_().div_(size[0]).add_(norm.eps))
-    if norm.plus_one and weight_F is not None:
-        return (wide_TF * factor_T1).mul_(weight_F.float() + 1).to(x_TF.dtype)
+    if weight_F is not None and (norm.wide or norm.kind == "layer"):
+        return (wide_TF * factor_T1).mul_(weight_F).to(x_TF.dtype)
     # Written in its own dtype at once: a pass over memory less.
     normed_TF = torch.mul(wide_TF, factor_T1, out=torch.empty_like(x_TF))
     return normed_TF if weight_F is None else normed_TF.mul_(weight_F)

@@ -16,7 +16,7 @@ from typing import Any
 from flexport.models.config import Config
 from flexport.models.like_llama import build_model, read_attention, read_mlp, read_norm
 from flexport.models.naming import LLAMA_PARTS
-from flexport.models.rope import rope_fields
+from flexport.models.rope import rope_fields, rope_type
 from flexport.models.spec import Fused, Layer, ModelSpec
 
 __all__ = ["spec"]
@@ -46,8 +46,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Phi3 config; raises UnsupportedModel for what flexport does not know."""
     fields = Config("phi3", config, _DEFAULTS)
     fields.refuse_unless("lm_head_bias", False)
-    given = rope_fields(fields)
-    kind = given.word("rope_type", given.word("type", "default"))
+    kind = rope_type(rope_fields(fields))
     if kind not in _ROPES:
         raise fields.unsupported(f"rope_type is {kind!r}", f"one of {', '.join(_ROPES)}")
     layer = Layer(

@@ -25,9 +25,19 @@ from flexport.models.spec import Experts, Layer, Mlp, ModelSpec
 __all__ = ["read_mlps", "spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
-    "max_position_embeddings": 32768,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 60,
     "num_experts_per_tok": 4,
+    "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
 }
 
 _PARTS = {
@@ -61,8 +71,7 @@ def read_mlps(
     """What each layer has behind its attention: experts, or a plain MLP."""
     dense = read_mlp(fields)
     experts = Experts(
-        # transformers writes Qwen3's under the name that Mixtral has.
-        num_experts=fields.count("num_experts", fields.count_or_none("num_local_experts")),
+        num_experts=fields.count("num_experts"),
         top_k=fields.count("num_experts_per_tok"),
         mlp=replace(dense, size=fields.count("moe_intermediate_size")),
         normalised=fields.flag("norm_topk_prob", False),

@@ -19,16 +19,27 @@ from flexport.models.spec import HeadNorm, Layer, ModelSpec
 __all__ = ["spec"]
 
 _DEFAULTS: Mapping[str, Any] = {
-    "max_position_embeddings": 32768,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
     "num_key_value_heads": 4,
+    "num_experts": 128,
     "num_experts_per_tok": 8,
+    "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
 }
+
+_FIELDS = {"num_local_experts": "num_experts"}
+"""As transformers 5 writes it, and as configs are published."""
 
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Qwen3-MoE config; raises UnsupportedModel for what flexport does not know."""
-    fields = Config("qwen3_moe", config, _DEFAULTS)
+    fields = Config("qwen3_moe", config, _DEFAULTS, also=_FIELDS)
     norm = read_norm(fields)
     slides = fields.flag("use_sliding_window", False)
     attention = replace(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from flexport.models.config import Config
 
-__all__ = ["Rope", "plain_rope", "read_rope", "rope_fields", "score_scale"]
+__all__ = ["Rope", "plain_rope", "read_rope", "rope_fields", "rope_type", "score_scale"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,26 +94,24 @@ def read_rope(
     max_positions: int,
     layer_type: str | None = None,
     theta_name: str = "rope_theta",
-    default_theta: float = 1e4,
-    share: float = 1.0,
     interleaved: bool = False,
 ) -> Rope:
     """The rope that a config asks for, in transformers' old form or its new one.
 
     Old configs have rope_theta, rope_scaling and partial_rotary_factor side by side, new ones all
-    of it in rope_parameters, for each layer type if these differ. `share` is the part of a head that
-    turns where the config does not say. Raises UnsupportedModel for an unknown scaling, and for a
-    part that is no whole number of pairs.
+    of it in rope_parameters, for each layer type if these differ. Where the part that turns is an odd
+    number of features, one more turns, as in transformers. Raises UnsupportedModel for an unknown
+    scaling, and where a head has no such features.
     """
     given = rope_fields(config, layer_type)
-    base = given.number("rope_theta", config.number(theta_name, default_theta))
-    share = given.number("partial_rotary_factor", config.number("partial_rotary_factor", share))
+    base = given.number("rope_theta", config.number(theta_name, 1e4))
+    share = given.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     size = int(head_dim * share)
-    if size % 2 or not 0 < size <= head_dim:
+    if not 0 < size + size % 2 <= head_dim:
         raise config.unsupported(
-            f"{size} of a head's {head_dim} features turn", "an even number of a head's features"
+            f"{size} of a head's {head_dim} features turn", "whole pairs of a head's features"
         )
-    kind = given.word("rope_type", given.word("type", "default"))
+    kind = rope_type(given)
     build = _SCALINGS.get(kind)
     if build is None:
         raise config.unsupported(f"rope_type is {kind!r}", f"one of {', '.join(sorted(_SCALINGS))}")
@@ -132,6 +130,11 @@ def rope_fields(config: Config, layer_type: str | None = None) -> Config:
     values = old or config.mapping("rope_parameters")
     own = values.get(layer_type) if layer_type is not None else None
     return config.within("rope", own if isinstance(own, Mapping) else values)
+
+
+def rope_type(given: Config) -> str:
+    """The scaling that rope fields ask for, under its new name or its old one."""
+    return given.word("rope_type", given.word("type", "default"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,7 @@ class _Asked:
 
 
 def _frequencies(base: float, size: int) -> tuple[float, ...]:
-    return tuple(base ** (-2 * pair / size) for pair in range(size // 2))
+    return tuple(base ** (-even / size) for even in range(0, size, 2))
 
 
 def _plain(asked: _Asked) -> Rope:
@@ -219,7 +222,7 @@ def score_scale(config: Config) -> float:
     """
     given = rope_fields(config)
     weight = given.number("mscale_all_dim", 0.0)
-    if not weight or given.word("rope_type", given.word("type", "default")) == "default":
+    if not weight or rope_type(given) == "default":
         return 1.0
     return _mscale(given.number("factor"), weight) ** 2
 

@@ -65,7 +65,10 @@ class Norm:
     weight: bool = True
     bias: bool = False
     plus_one: bool = False
-    """Weights are stored less 1, and multiplied in float32 (Gemma)."""
+    """Weights are stored less 1."""
+    wide: bool = False
+    """Of a norm by the mean square: weights are multiplied in float32, and the product is rounded; else
+    what they are multiplied with was rounded. Those of a layer norm always are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,6 +325,8 @@ class TensorSpec:
     """(i, n): it is the i-th of the n slices of the file's tensor, along its first dimension."""
     row: int | None = None
     """It is this row of its slot, whose rows are tensors of their own in the file."""
+    exact: bool = False
+    """It is computed with as the file has it, not rounded to the dtype computed in."""
 
     @property
     def num_values(self) -> int:
@@ -574,12 +579,13 @@ def _mlp(
 
 def _experts(spec: ModelSpec, experts: Experts, own: _Names) -> Iterator[TensorSpec]:
     num_experts = experts.num_experts
-    yield own.weight("router", (num_experts, spec.hidden_size), "operand")
+    # What the router has is exact: among many experts, rounding changes which are picked.
+    yield own.tensor("router.weight", (num_experts, spec.hidden_size), "operand", exact=True)
     if experts.router_bias:
-        yield own.tensor("router.bias", (num_experts,), "bias")
+        yield own.tensor("router.bias", (num_experts,), "bias", exact=True)
     if experts.correction != "no":
-        slice_of = (0, 1) if experts.correction == "row" else None
-        yield own.tensor("router.correction", (num_experts,), "bias", slice_of=slice_of)
+        row = (0, 1) if experts.correction == "row" else None
+        yield own.tensor("router.correction", (num_experts,), "bias", slice_of=row, exact=True)
     if experts.shared is not None:
         yield from _mlp(spec, experts.shared, own, "shared_")
         if experts.shared_gate:
@@ -606,6 +612,7 @@ class _Names:
         expert: int | None = None,
         slice_of: tuple[int, int] | None = None,
         row: int | None = None,
+        exact: bool = False,
     ) -> TensorSpec:
         part, _, suffix = slot.rpartition(".")
         whole = self.spec.names.get(slot)
@@ -622,6 +629,7 @@ class _Names:
             expert=expert,
             slice_of=slice_of,
             row=row,
+            exact=exact,
         )
 
     def weight(self, part: str, shape: tuple[int, int], kind: Kind = "matrix") -> TensorSpec:

@@ -278,25 +278,41 @@ def as_transformers_has_it(config: dict[str, Any]) -> dict[str, Any]:
     return written
 
 
-WITH_EXPERTS = {
-    "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe",
-    "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
-}  # fmt: skip
-"""Their sizes have no defaults: none was ever published without them."""
-
 WITH_DEFAULTS = [
-    *(family for family in VARIANTS if family not in WITH_EXPERTS | set(MULTIMODAL)),
+    *(family for family in VARIANTS if family not in MULTIMODAL),
     "qwen2_5_vl_text",
     "qwen2_vl_text",
     "qwen3_vl_text",
 ]
 
+WITHOUT_DEFAULTS: dict[str, dict[str, Any]] = {
+    # what transformers has no default for, and can't be run without
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6},
+}
+
+
+def shortest(family: str) -> dict[str, Any]:
+    """A config with as few fields as the family can have."""
+    return {"model_type": family, **WITHOUT_DEFAULTS.get(family, {})}
+
 
 @pytest.mark.parametrize("family", WITH_DEFAULTS)
 def test_a_config_without_fields_has_the_defaults_of_transformers(family):
-    assert spec_of({"model_type": family}) == spec_of(
-        as_transformers_has_it({"model_type": family})
-    )
+    config = shortest(family)
+
+    assert spec_of(config) == spec_of(as_transformers_has_it(config))
+
+
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [(family, field) for family, fields in WITHOUT_DEFAULTS.items() for field in fields],
+)
+def test_a_field_without_a_default_is_asked_for_by_name(family, field):
+    config = {name: value for name, value in shortest(family).items() if name != field}
+
+    with pytest.raises(UnsupportedModel, match=field):
+        spec_of(config)
 
 
 @pytest.mark.parametrize("config", list(PUBLISHED.values()), ids=list(PUBLISHED))
@@ -334,10 +350,12 @@ def test_longrope_goes_by_its_first_name_too():
 
 
 def whole_configs() -> Iterator[Any]:
-    """Of each family, its first variant's, with all fields."""
+    """Of each family, its shortest one and its first variant's, with all fields."""
+    for family in WITH_DEFAULTS:
+        yield pytest.param(as_transformers_has_it(shortest(family)), id=family)
     for family, (base, variants) in VARIANTS.items():
         first = {"model_type": family, **base, **next(iter(variants.values()))}
-        yield pytest.param(as_transformers_has_it(first), id=family)
+        yield pytest.param(as_transformers_has_it(first), id=f"{family}, tiny")
 
 
 def changed(config: dict[str, Any], names: tuple[str, ...], value: str) -> dict[str, Any]:
@@ -386,6 +404,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32}, "layer_types"),
     ({"model_type": "llama", "num_key_value_heads": 5}, "num_key_value_heads"),
     ({"model_type": "llama", "head_dim": 7}, "7 features"),
+    ({"model_type": "llama", "partial_rotary_factor": 0.0}, "0 of a head's 128 features"),
+    ({"model_type": "deepseek_v3", "rope_scaling": {"type": "warp", "mscale_all_dim": 1}}, "warp"),
     ({"model_type": "llava", "text_config": {"model_type": "rwkv"}}, "rwkv"),
     ({"model_type": "llama", "is_causal": False}, "is_causal"),
     ({"model_type": "llama", "is_encoder_decoder": True}, "is_encoder_decoder"),

@@ -749,6 +749,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         {
             "half of a head turns": {},
             "norms of each head, biases": {"use_qk_norm": True, "attention_bias": True},
+            "an odd number of features turns": {"head_dim": 10},
             "one group, all layers with experts": {
                 "n_group": 1,
                 "topk_group": 1,

@@ -140,3 +140,15 @@ def test_where_memory_is_one_pool_what_is_on_the_host_needs_no_staging():
     assert one_pool.staging_bytes == (0, 0)
     assert two_pools.staging_bytes[0] > 0
     assert two_pools.host_bytes >= MODEL.weight_bytes
+
+
+def test_what_is_exact_counts_in_full_where_the_rest_is_rounded():
+    spec = spec_of(known_config("deepseek-ai/DeepSeek-V3") or {})
+
+    def exact(tensor):
+        return TensorSize.plain(tensor, 4, 4 if tensor.exact else 2)
+
+    rounded = model_sizes(spec, lambda tensor: TensorSize.plain(tensor, 4, 2), 2)
+    slack_bytes = model_sizes(spec, exact, 2).layer_slack_bytes - rounded.layer_slack_bytes
+
+    assert slack_bytes == pytest.approx(2 * (256 * 7168 + 256), rel=0.01)

@@ -26,6 +26,19 @@ from flexport.models import (
 
 __all__ = ["spec"]
 
+_DEFAULTS: Mapping[str, Any] = {
+    "vocab_size": 262144,
+    "hidden_size": 4096,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 16384,
+    "layer_norm_eps": 1e-5,
+    "partial_rotary_factor": 0.5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 _PARTS = {
     "tokens": "embed_tokens",
     "final_norm": "final_layernorm",
@@ -42,14 +55,14 @@ _PARTS = {
 
 def spec(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Persimmon config; raises UnsupportedModel for what flexport does not know."""
-    fields = Config("persimmon", config)
-    hidden_size = fields.count("hidden_size", 4096)
-    num_heads = fields.count("num_attention_heads", 64)
+    fields = Config("persimmon", config, _DEFAULTS)
+    hidden_size = fields.count("hidden_size")
+    num_heads = fields.count("num_attention_heads")
     fields.refuse_unless("num_key_value_heads", num_heads)
     head_dim = fields.head_dim(hidden_size, num_heads)
-    max_positions = fields.count("max_position_embeddings", 16384)
-    rope = read_rope(fields, head_dim=head_dim, max_positions=max_positions, share=0.5)
-    norm = Norm(kind="layer", eps=fields.number("layer_norm_eps", 1e-5), bias=True)
+    max_positions = fields.count("max_position_embeddings")
+    rope = read_rope(fields, head_dim=head_dim, max_positions=max_positions)
+    norm = Norm(kind="layer", eps=fields.number("layer_norm_eps"), bias=True)
     norms_heads = fields.flag("qk_layernorm", True)
     layer = Layer(
         attention=Attention(
@@ -64,7 +77,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
             head_norm=HeadNorm(norm=norm, over="head") if norms_heads else None,
         ),
         mlp=Mlp(
-            size=fields.count("intermediate_size", 16384),
+            size=fields.count("intermediate_size"),
             activation=fields.choice("hidden_act", "relu2", ACTIVATIONS),
             bias=True,
         ),
@@ -72,14 +85,14 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     tied_head = fields.flag("tie_word_embeddings", False)
     return ModelSpec(
         family="persimmon",
-        vocab_size=fields.count("vocab_size", 262144),
+        vocab_size=fields.count("vocab_size"),
         hidden_size=hidden_size,
-        layers=(layer,) * fields.count("num_hidden_layers", 36),
+        layers=(layer,) * fields.count("num_hidden_layers"),
         norm=norm,
         max_positions=max(max_positions, rope.reach),
         tied_head=tied_head,
-        bos_token_id=fields.token_id("bos_token_id", 1),
-        eos_token_ids=fields.token_ids("eos_token_id", 2),
+        bos_token_id=fields.token_id("bos_token_id", None),
+        eos_token_ids=fields.token_ids("eos_token_id", None),
         pad_token_id=fields.token_id("pad_token_id", None),
         names=checkpoint_names(_PARTS, tied_head=tied_head),
     )
