@@ -143,7 +143,8 @@ class Backend(Protocol):
         """Softmax attention over a cache that lies in pages; shape (N, H, L, E) in q's dtype.
 
         Page p holds the columns from the sum of the earlier pages' G on; the pages together hold
-        at least spec.length columns, and what columns past it hold does not matter. Query head h uses
+        at least spec.length columns, and what columns past it hold does not matter. Each page may
+        have strides of its own. Query head h uses
         key/value head h // (H / K). Softmax in float32. The result has memory of its own. Device
         work, ordered among plain torch's. Raises OutOfMemory.
         """

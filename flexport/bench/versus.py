@@ -27,10 +27,10 @@ from typing import Any
 
 from flexport.bench.cage import CagedRun, drop_cached, run_caged
 from flexport.bench.ceilings import ceilings_for
-from flexport.bench.checkpoint import WEIGHTS_NAME, shared_checkpoint
+from flexport.bench.checkpoint import WEIGHTS_NAME, shapes_of, shared_checkpoint
 from flexport.bench.peers import PEERS, Peer
 from flexport.errors import FlexportError, UsageError
-from flexport.models import known_config, spec_of
+from flexport.models import spec_of
 from flexport.registry import open_backend
 from flexport.units import format_bytes, parse_bytes
 
@@ -76,9 +76,9 @@ def _run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if "card" in args.case:
         _refuse_shared_memory(args.backend)
     checkpoint = shared_checkpoint(args.model, args.dtype, args.dir, _say)
-    config = known_config(args.model)
-    assert config is not None, args.model
-    ceilings = ceilings_for(spec_of(config), args.dtype, args.backend, args.dir, _say)
+    ceilings = ceilings_for(
+        spec_of(shapes_of(args.model)), args.dtype, args.backend, args.dir, _say
+    )
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=args.dir, prefix="versus-") as scratch:
         ceilings_file = Path(scratch) / "ceilings.json"

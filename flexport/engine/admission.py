@@ -75,7 +75,8 @@ class Admission:
         self._work = work
         self._source = iter(batches)
         self._waiting: deque[Sequence[Row]] = deque()
-        self._dealer = Dealer(plan.policy.cache)
+        # One for each kind of layer: what rounding takes from a row is given to one of its size.
+        self._dealers = {layer: Dealer(plan.policy.cache) for layer in shape.layers}
         self._num_batches = 0
         self._all_read = False
 
@@ -94,11 +95,11 @@ class Admission:
                 self._work.more_to_come = False
                 return
             rows = self._waiting.popleft()
-            dealer = deepcopy(self._dealer)
+            dealers = deepcopy(self._dealers)
             try:
                 batch = self._batch(rows)
             except OutOfMemory as error:
-                self._dealer = dealer
+                self._dealers = dealers
                 if self._work.batches:
                     self._waiting.appendleft(rows)
                     return
@@ -125,7 +126,7 @@ class Admission:
             self._shape,
             self._store,
             lengths,
-            self._dealer,
+            self._dealers,
             columns if max_steps > 1 or chunked else 0,
             self._host_shape,
         )

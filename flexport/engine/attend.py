@@ -25,6 +25,7 @@ from flexport.models.decoder import Attend
 from flexport.models.spec import Attention, LatentAttention
 from flexport.policy import Tier
 from flexport.schedule.order import Piece
+from flexport.torch_ops.attention import seen_pages
 
 __all__ = ["PieceAttention", "attend_to", "common_to_rows"]
 
@@ -151,31 +152,38 @@ class PieceAttention:
         q_THE, k_TKE, v_TKE = new.q, new.k, new.values
         piece, at = self._piece, 0
         for of_band in self._held:
-            base = of_band.band.base
             spans = []
             for row in of_band.rows:
                 num_new = piece.stop - max(piece.start, self._cache.start(row))
                 spans.append((at, at + num_new))
                 at += num_new
-            if self._keep:
-                self._append_prompt(of_band, spans, k_TKE, new.v)
             for first, last, whole in self._runs(of_band.rows, spans):
                 begin, end = spans[first][0], spans[last - 1][1]
                 count = last - first
                 span_q = _rows_first(q_THE[begin:end], count)
-                if whole:
-                    keys = [_rows_first(k_TKE[begin:end], count)]
-                    values = [_rows_first(v_TKE[begin:end], count)]
-                    starts, length = None, span_q.shape[2]
-                else:
-                    keys, values = self._cache.pages(of_band, first, last)
-                    starts = tuple(
-                        self._cache.start(row) - base for row in of_band.rows[first:last]
+                keys = [_rows_first(k_TKE[begin:end], count)]
+                values = [_rows_first(v_TKE[begin:end], count)]
+                starts, length = None, span_q.shape[2]
+                if not whole:
+                    # What earlier pieces brought; where there is no page of it, no token sees it.
+                    base = of_band.band.first_column(piece.start)
+                    earlier = self._cache.pages(of_band, first, last)
+                    keys, values = (
+                        [*_up_to(pages, piece.start - base), *own]
+                        for pages, own in zip(earlier, (keys, values), strict=True)
                     )
+                    starts = self._starts(of_band.rows[first:last], base)
                     length = piece.stop - base
                 spec = replace(self._attention, length=length, starts=starts, sinks=new.sinks)
                 o_NHLE = self._backend.attention(span_q, keys, values, spec)
                 out_THE[begin:end].view(count, -1, *q_THE.shape[1:]).copy_(o_NHLE.transpose(1, 2))
+            if self._keep:
+                self._append_prompt(of_band, spans, k_TKE, new.v)
+
+    def _starts(self, rows: Sequence[int], base: int) -> tuple[int, ...] | None:
+        """The columns that rows begin in, counted from `base`: 0 for all that began before it."""
+        starts = tuple(max(0, self._cache.start(row) - base) for row in rows)
+        return starts if any(starts) else None
 
     def _runs(
         self, rows: Sequence[int], spans: Sequence[tuple[int, int]]
@@ -201,13 +209,19 @@ class PieceAttention:
         v_TKE: Tensor | None,
     ) -> None:
         cache, piece, band = self._cache, self._piece, held.band
-        last = piece.stop - band.base
-        if not band.pages:
-            for _ in range(band.num_prompt_pages):
-                cache.new_page(band, is_open=False)
+        base = band.first_column(piece.stop)
+        last = piece.stop - base
+        while band.num_made < band.num_prompt_pages:
+            cache.new_page(band, is_open=False)
         is_first = all(cache.start(row) >= piece.start for row in held.rows)
-        first_page = 0 if is_first else cache.page_at(band, piece.start)
-        for number in range(first_page, cache.page_at(band, piece.stop - 1) + 1):
+        first_page = 0
+        if not is_first and band.moves:
+            keys, values = cache.pages(held, 0, len(held.rows))
+            for pages in (keys,) if v_TKE is None else (keys, values):
+                _move_up(pages, piece.stop - piece.start)
+        elif not is_first:
+            first_page = band.page_of(piece.start - base)
+        for number in range(first_page, band.page_of(last - 1) + 1):
             keys_NKGE, values_NKGE = cache.changing(held, number)
             low_edge, high_edge = band.edges[number : number + 2]
             for index, (begin, end) in enumerate(spans):
@@ -239,11 +253,11 @@ class PieceAttention:
             index_N = torch.tensor(step.places, device=new.q.device)
             new = new.scattered(index_N, len(band.rows))
         self._append_step(step.held, new.k, new.v)
-        starts = tuple(self._cache.start(row) - band.base for row in band.rows)
+        base = band.base + band.edges[min(step.held.leases)]
         spec = replace(
             self._attention,
-            length=stop - band.base,
-            starts=starts if any(starts) else None,
+            length=stop - base,
+            starts=self._starts(band.rows, base),
             sinks=new.sinks,
         )
         keys, values = self._cache.pages(step.held, 0, len(band.rows))
@@ -251,12 +265,12 @@ class PieceAttention:
         return o_NHE if index_N is None else o_NHE[index_N]
 
     def _append_step(self, held: Held, k_NKE: Tensor, v_NKE: Tensor | None) -> None:
-        band, column = held.band, self._piece.start
-        number = self._cache.page_at(band, column)
-        if number == len(band.pages):
+        band, column = held.band, self._piece.start - held.band.base
+        number = band.page_of(column)
+        if number == band.num_made:
             self._cache.new_page(band, is_open=True)
         keys_NKGE, values_NKGE = self._cache.changing(held, number)
-        at = column - band.base - band.edges[number]
+        at = column - band.edges[number]
         keys_NKGE[:, :, at] = k_NKE
         if v_NKE is not None:
             values_NKGE[:, :, at] = v_NKE
@@ -312,6 +326,21 @@ def _steps(live: Sequence[int], held: HeldBands) -> list[_Step]:
 def _rows_first(x_THE: Tensor, num_rows: int) -> Tensor:
     """Tokens of rows of equal length as (N, H, L, E); a view."""
     return x_THE.view(num_rows, -1, *x_THE.shape[1:]).transpose(1, 2)
+
+
+def _up_to(pages_NKGE: Sequence[Tensor], num_columns: int) -> list[Tensor]:
+    """The first columns of pages."""
+    return [page[:, :, seen] for page, _, seen in seen_pages(pages_NKGE, slice(0, num_columns))]
+
+
+def _move_up(pages_NKGE: Sequence[Tensor], num_columns: int) -> None:
+    """The first columns of pages go, and the others take their place; the last are as they were."""
+    for number, page_NKGE in enumerate(pages_NKGE):
+        coming = slice(num_columns, num_columns + page_NKGE.shape[2])
+        parts = [page[:, :, seen] for page, _, seen in seen_pages(pages_NKGE[number:], coming)]
+        if parts:
+            moved_NKGE = torch.cat(parts, 2)  # a copy: a page may lose less than it keeps
+            page_NKGE[:, :, : moved_NKGE.shape[2]] = moved_NKGE
 
 
 def _scatter(x_NHE: Tensor, index_N: Tensor, num_rows: int) -> Tensor:

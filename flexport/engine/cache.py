@@ -9,6 +9,10 @@ sees whole contiguous records.
 Where a CPU stands beside the device, decode steps of bands at home on host or disk are attended
 there: the newest page is written where it lies, and pages on disk come as far as host memory.
 
+A layer with a window keeps what a step can still see. Of a prompt that is longer than that, there
+is room for its last columns only; until it is complete, they are the last ones it has come to, and
+move up with each chunk. Later a page goes when it has left the window.
+
 Rows that have ended are left out of all computing at once; their share of a page goes when less
 than half of a band's rows live, so that all the copying together costs no more than one pass.
 
@@ -17,9 +21,9 @@ Dimension key: N rows of a band, K key/value heads, G columns of a page, E featu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +31,7 @@ from torch import Tensor
 from flexport.backend import Ticket
 from flexport.engine.pages import CacheShape, PageShape
 from flexport.errors import OutOfMemory
+from flexport.planner.columns import edges_of, first_seen, most_kept, page_widths
 from flexport.policy import Tier
 from flexport.schedule.order import Piece
 from flexport.store.place import Dealer
@@ -46,13 +51,26 @@ class Band:
     attended: Tier
     """Where decode steps are computed: on the device, or on the CPU in host memory."""
     base: int
-    """The batch's column that is the pages' first."""
+    """The batch's column that is the pages' first, when the prompt is complete."""
     edges: list[int]
     """The first column of each page, counted from base, and the end of the last one."""
     num_prompt_pages: int
-    pages: list[Kept] = field(default_factory=list)
+    moves: bool
+    """The prompt's pages have room for its last columns only: what they hold of a row moves up."""
+    pages: dict[int, Kept] = field(default_factory=dict)
+    """By number; those that no step will see any more are gone."""
+    num_made: int = 0
+    """The number of the next page."""
     promised_bytes: int = 0
     """Memory that is set aside for pages to come."""
+
+    def first_column(self, stop: int) -> int:
+        """The batch's column that is the pages' first, when prompts have come to column `stop`."""
+        return stop - self.edges[self.num_prompt_pages] if self.moves else self.base
+
+    def page_of(self, column: int) -> int:
+        """The number of the page that holds a column, counted from the pages' first."""
+        return bisect_right(self.edges, column) - 1
 
 
 @dataclass(slots=True, eq=False)
@@ -87,14 +105,14 @@ class BatchCache:
         shape: CacheShape,
         store: Store,
         lengths: Sequence[int],
-        dealer: Dealer,
+        dealers: Mapping[PageShape, Dealer],
         max_columns: int,
         host_shape: CacheShape | None = None,
     ) -> None:
         """`lengths` are the rows' prompt lengths.
 
-        The dealer says which rows are at home on which tier, layer by layer. Memory for
-        max_columns columns (0: nothing is kept) is set aside at once; raises OutOfMemory if there
+        Each kind of layer's dealer says which rows are at home on which tier, layer by layer. Memory
+        for max_columns columns (0: nothing is kept) is set aside at once; raises OutOfMemory if there
         is not enough, and then nothing is. Given a host_shape, decode steps of rows at home on
         host or disk are computed on the CPU, and their pages look like that.
         """
@@ -105,7 +123,7 @@ class BatchCache:
         self._columns = max(lengths)
         self._max_columns = max_columns
         self._bands: list[list[Band]] = [
-            self._cut(dealer, layer) for layer in range(len(shape.layers))
+            self._cut(dealers, layer) for layer in range(len(shape.layers))
         ]
         self._promises = {pool: Promise(pool, 0) for pool in (store.device, store.host)}
         self.claim_bytes = (0, 0)
@@ -119,15 +137,19 @@ class BatchCache:
         claims = {pool: promise.left_bytes for pool, promise in self._promises.items()}
         self.claim_bytes = (claims[store.device], 0 if store.unified else claims[store.host])
 
-    def _cut(self, dealer: Dealer, layer: int) -> list[Band]:
+    def _cut(self, dealers: Mapping[PageShape, Dealer], layer: int) -> list[Band]:
         bands = []
-        for part in dealer.cut([(len(self._lengths), 1)]):
+        shape = self._shape.layers[layer]
+        for part in dealers[shape].cut([(len(self._lengths), 1)]):
             rows = list(range(part.begin, part.end))
-            base = self._columns - max(self._lengths[row] for row in rows)
-            prompt, decoded = self._shape.page_widths(
-                self._columns - base, max(0, self._max_columns - self._columns)
-            )
-            widths = (*prompt, *decoded) if self._max_columns else ()
+            longest = max(self._lengths[row] for row in rows)
+            decoded = max(0, self._max_columns - self._columns)
+            of_prompt: tuple[int, ...] = ()
+            of_decoded: tuple[int, ...] = ()
+            if self._max_columns:
+                of_prompt, of_decoded = page_widths(
+                    longest, decoded, self._shape.page_tokens, shape.window
+                )
             host_shape = None if part.tier is Tier.DEVICE else self._host_shape
             bands.append(
                 Band(
@@ -135,9 +157,10 @@ class BatchCache:
                     home=part.tier,
                     shape=(host_shape or self._shape).layers[layer],
                     attended=Tier.HOST if host_shape else Tier.DEVICE,
-                    base=base,
-                    edges=[0, *accumulate(widths)],
-                    num_prompt_pages=len(prompt) if self._max_columns else 0,
+                    base=self._columns - sum(of_prompt),
+                    edges=edges_of((*of_prompt, *of_decoded)),
+                    num_prompt_pages=len(of_prompt),
+                    moves=sum(of_prompt) < longest,
                 )
             )
         return bands
@@ -145,17 +168,16 @@ class BatchCache:
     def _promise(self, band: Band) -> None:
         """Set aside what the band's pages to come will take of memory, no more and no less."""
         pool = self._store.pool(band.home)
-        to_come = [
-            pool.rounded(self._page_bytes(band, number))
-            for number in range(len(band.pages), len(band.edges) - 1)
-            if band.rows
-            # Pages at home on disk pass through memory one by one, as they are decoded.
-            if band.home is not Tier.DISK or number >= band.num_prompt_pages
-        ]
-        wanted_bytes = sum(to_come)
+        num_pages = len(band.edges) - 1 if band.rows else 0
+        sizes = [pool.rounded(self._page_bytes(band, number)) for number in range(num_pages)]
         if band.home is Tier.DISK:
-            is_open = bool(band.pages) and band.pages[-1].home is not Tier.DISK
+            # Pages at home on disk pass through memory one by one, as they are decoded.
+            is_open = any(page.home is not Tier.DISK for page in band.pages.values())
+            to_come = sizes[max(band.num_made, band.num_prompt_pages) :]
             wanted_bytes = 0 if is_open else max(to_come, default=0)
+        else:
+            most_bytes = most_kept(sizes, band.edges, band.shape.window, band.num_made)
+            wanted_bytes = max(0, most_bytes - sum(sizes[number] for number in band.pages))
         if wanted_bytes > band.promised_bytes:
             more_bytes = wanted_bytes - band.promised_bytes
             self._promises[pool].add(more_bytes, self._store.wait_for_a_write)
@@ -199,9 +221,11 @@ class BatchCache:
         for of_band in held:
             band = of_band.band
             num_live = sum(row in alive for row in band.rows)
-            if piece.rows is None and num_live and self._should_shrink(band, num_live):
-                self._shrink(of_band, alive, piece.stop)
-                continue
+            if piece.rows is None:
+                self._drop_unseen(of_band, piece.stop)
+                if num_live and self._should_shrink(band, num_live):
+                    self._shrink(of_band, alive, piece.stop)
+                    continue
             for number, lease in of_band.leases.items():
                 if number in of_band.changed:
                     self._return(band, number, lease, piece.stop)
@@ -229,11 +253,6 @@ class BatchCache:
         """The batch's column of a row's first token."""
         return self._columns - self._lengths[row]
 
-    def page_at(self, band: Band, column: int) -> int:
-        """The number of the page that a column of the batch is in."""
-        own = column - band.base
-        return next(number for number, stop in enumerate(band.edges[1:]) if own < stop)
-
     def views(self, held: Held, number: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the held rows of a page, each (N, K, G, E)."""
         low, high = held.band.edges[number : number + 2]
@@ -258,14 +277,15 @@ class BatchCache:
 
     def new_page(self, band: Band, *, is_open: bool) -> None:
         """The band's next page, at its home; one that is open goes on growing for some steps."""
-        num_bytes = self._page_bytes(band, len(band.pages))
+        num_bytes = self._page_bytes(band, band.num_made)
         if band.home is not Tier.DISK or is_open:
             pool = self._store.pool(band.home)
             drawn_bytes = min(pool.rounded(num_bytes), band.promised_bytes)
             band.promised_bytes -= drawn_bytes
             self._promises[pool].draw(drawn_bytes)
         keep = self._store.keep_open if is_open else self._store.keep
-        band.pages.append(keep("cache", num_bytes, band.home))
+        band.pages[band.num_made] = keep("cache", num_bytes, band.home)
+        band.num_made += 1
 
     # ---- inside
 
@@ -285,17 +305,19 @@ class BatchCache:
                 touched.append(Held(band, begin, end, Tier.DEVICE))
         return touched
 
-    def _needed(self, band: Band, piece: Piece) -> range:
+    def _needed(self, band: Band, piece: Piece) -> Iterable[int]:
         """Numbers of the pages that hold what the piece attends to and does not bring itself."""
         if piece.rows is None:
-            return range(len(band.pages))
+            return band.pages
         if all(self.start(row) >= piece.start for row in range(*piece.rows)):
-            return range(0)
-        return range(self.page_at(band, piece.start - 1) + 1)
+            return ()
+        last_column = piece.start - 1 - band.first_column(piece.start)
+        return range(band.page_of(last_column) + 1)
 
-    def _page_bytes(self, band: Band, number: int) -> int:
+    def _page_bytes(self, band: Band, number: int, num_rows: int | None = None) -> int:
+        """Bytes of a page, of all the band's rows or of so many."""
         low, high = band.edges[number : number + 2]
-        return band.shape.page_bytes(len(band.rows), high - low)
+        return band.shape.page_bytes(len(band.rows) if num_rows is None else num_rows, high - low)
 
     def _ranges(self, held: Held, number: int) -> list[tuple[int, int]] | None:
         """Where in a page the held rows lie; None is all of it."""
@@ -316,12 +338,22 @@ class BatchCache:
             self._store.settle(kept)
             self._promise(band)
 
+    def _drop_unseen(self, held: Held, column: int) -> None:
+        """Drop the pages that the step in a column of the batch, and those after it, won't see."""
+        band = held.band
+        first = first_seen(band.edges, column - band.base, band.shape.window)
+        gone = [number for number in band.pages if number < first]
+        for number in gone:
+            held.leases.pop(number).release()
+            self._store.drop(band.pages.pop(number))
+        if gone:
+            self._promise(band)
+
     def _should_shrink(self, band: Band, num_live: int) -> bool:
         """Whether rewriting the pages pays, and there is room to do it page by page."""
-        low_high = zip(band.edges, band.edges[1:], strict=False)
         return 2 * num_live < len(band.rows) and all(
-            self._store.has_room(band.shape.page_bytes(num_live, high - low), kept.home)
-            for (low, high), kept in zip(low_high, band.pages, strict=False)
+            self._store.has_room(self._page_bytes(band, number, num_live), kept.home)
+            for number, kept in band.pages.items()
         )
 
     def _shrink(self, held: Held, alive: set[int], stop: int) -> None:
@@ -330,20 +362,10 @@ class BatchCache:
         places = [index for index, row in enumerate(band.rows) if row in alive]
         rows = [band.rows[index] for index in places]
         smaller = Held(
-            Band(
-                rows=rows,
-                home=band.home,
-                shape=band.shape,
-                attended=band.attended,
-                base=band.base,
-                edges=band.edges,
-                num_prompt_pages=band.num_prompt_pages,
-            ),
-            0,
-            len(rows),
-            held.near,
+            replace(band, rows=rows, pages={}, promised_bytes=0), 0, len(rows), held.near
         )
         for number, lease in sorted(held.leases.items()):
+            smaller.band.num_made = number
             self.new_page(smaller.band, is_open=stop - band.base < band.edges[number + 1])
             pairs = zip(self.changing(smaller, number), self.views(held, number), strict=True)
             for new_NKGE, old_NKGE in pairs:
@@ -355,7 +377,7 @@ class BatchCache:
         self._promise(band)
 
     def _drop_band(self, band: Band) -> None:
-        for page in band.pages:
+        for page in band.pages.values():
             self._store.drop(page)
-        band.rows, band.pages = [], []
+        band.rows, band.pages = [], {}
         self._promise(band)

@@ -11,13 +11,14 @@ Dimension key: B bytes, N rows, K key/value heads, G columns, E features of a he
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flexport.models.spec import Attention, LatentAttention, ModelSpec
-from flexport.planner.footprint import page_widths
+from flexport.planner.columns import edges_of, most_kept, page_widths
 from flexport.store.direct_io import align_up
 
 __all__ = ["CacheShape", "PageShape"]
@@ -53,6 +54,13 @@ class PageShape:
     def page_bytes(self, num_rows: int, width: int) -> int:
         """Bytes of a page."""
         return self.num_planes * num_rows * self._plane_bytes(width)
+
+    def row_bytes(self, prompt: int, decoded: int, page_tokens: int) -> int:
+        """The most that one row's pages take in the layer."""
+        of_prompt, of_decoded = page_widths(prompt, decoded, page_tokens, self.window)
+        widths = (*of_prompt, *of_decoded)
+        sizes = [self.page_bytes(1, width) for width in widths]
+        return most_kept(sizes, edges_of(widths), self.window)
 
     def row_ranges(self, begin: int, end: int, num_rows: int, width: int) -> list[tuple[int, int]]:
         """(first byte, number of bytes) of rows begin .. end-1 of a page: keys, then values."""
@@ -105,11 +113,10 @@ class CacheShape:
         )
         return replace(self, layers=layers)
 
-    def page_widths(self, prompt: int, decoded: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Columns of each page of a prompt, and of what is decoded after it."""
-        return page_widths(prompt, decoded, self.page_tokens)
-
     def row_bytes(self, prompt: int, decoded: int) -> int:
-        """All pages of one row in all layers."""
-        widths = [width for part in self.page_widths(prompt, decoded) for width in part]
-        return sum(layer.page_bytes(1, width) for layer in self.layers for width in widths)
+        """The most that one row's pages take in all layers."""
+        kinds = Counter(self.layers)
+        return sum(
+            num_layers * layer.row_bytes(prompt, decoded, self.page_tokens)
+            for layer, num_layers in kinds.items()
+        )

@@ -71,10 +71,7 @@ class Batch:
 
     def keeps(self, piece: Piece) -> bool:
         """Whether a later visit will ask for the keys and values of this piece."""
-        if any(row.max_steps > 1 for row in self.rows):
-            return True
-        is_whole = all(self.start(index) >= piece.start for index in self.live(piece))
-        return not is_whole or piece.stop < self.num_columns
+        return piece.stop < self.num_columns or any(row.max_steps > 1 for row in self.rows)
 
     def start(self, index: int) -> int:
         """The column of a row's first token."""

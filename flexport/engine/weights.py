@@ -376,7 +376,7 @@ class LayerLease:
         for begin, weight_FR in shards:
             x_TR = x_TD[:, begin : begin + weight_FR.shape[1]]
             product_TF = self._backend.matmul(x_TR, weight_FR, bias_F)
-            total_TF, bias_F = product_TF if total_TF is None else total_TF + product_TF, None
+            total_TF, bias_F = product_TF if total_TF is None else total_TF.add_(product_TF), None
         assert total_TF is not None, "a matrix without shards"
         return total_TF
 

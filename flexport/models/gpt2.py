@@ -1,8 +1,8 @@
 """GPT-2, and all that came to be saved under its name (`model_type` "gpt2").
 
-Learned positions, plain layer norms before each half, GELU by its tanh. Its matrices lie the
-other way round, (features in, features out). Attention may go unscaled, or have its
-scale divided by the layer's number. Source: the fields of transformers' GPT2Config.
+Learned positions, plain layer norms before each half, GELU by its tanh. Its matrices lie the other
+way round, (features in, features out). Attention may go unscaled, or have its scale divided by the
+layer's number. Source: the fields of transformers' GPT2Config.
 """
 
 from __future__ import annotations

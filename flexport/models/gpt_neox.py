@@ -58,6 +58,7 @@ def spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = Config("gpt_neox", config, _DEFAULTS, also=_FIELDS)
     num_heads = fields.count("num_attention_heads")
     fields.head_dim(fields.count("hidden_size"), num_heads)
+    fields.refuse_unless("num_key_value_heads", num_heads)
     layer = Layer(
         attention=replace(read_attention(fields), fused=Fused(num_parts=num_heads)),
         mlp=replace(read_mlp(fields), gated=False, bias=True),

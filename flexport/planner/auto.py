@@ -199,7 +199,7 @@ class _Sweeps:
         """
         model, policy, rates = self.model, self.policy, self.rates
         mean_tokens = self.job.prompt_tokens + self.job.new_tokens / 2
-        cache_bytes = rows * mean_tokens * model.cache_token_bytes
+        cache_bytes = rows * model.seen_bytes(mean_tokens)
         stream_bytes = model.streamed_bytes(prompt_tokens + rows)
         disk_bytes = policy.weights.disk * stream_bytes + policy.cache.disk * cache_bytes
         efficiency = product_tokens / (product_tokens + rates.half_rows)

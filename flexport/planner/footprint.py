@@ -8,8 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
+from flexport.planner.columns import (
+    PROMPT_PAGE_TOKENS,
+    SPILL_PAGE_TOKENS,
+    edges_of,
+    most_kept,
+    page_widths,
+)
 from flexport.policy import Policy, Split
 
 __all__ = [
@@ -18,23 +26,14 @@ __all__ = [
     "JobSizes",
     "LayerCaches",
     "ModelSizes",
-    "cache_row_bytes",
     "expert_window_bytes",
     "footprint",
     "layer_splits",
     "page_tokens_for",
-    "page_widths",
 ]
 
 HEAD_TOKENS = 256
 """Tokens that pass the head at once: logits are wide, and scoring wants many of them."""
-
-PROMPT_PAGE_TOKENS = 256
-"""Columns of a page of the prompt: wide enough for attention to run at its full rate, and narrow
-enough for a chunk of a long prompt not to move much more than itself."""
-
-SPILL_PAGE_TOKENS = 16
-"""Columns of a page when some rows' cache is on disk: their newest page waits in memory."""
 
 EXPERT_WINDOW_BYTES = 256 << 20
 """Memory through which experts stream, if two of them fit in it: enough for a link of 10 GB/s to be
@@ -70,6 +69,27 @@ class LayerCaches:
     def page_row_bytes(self, width: int) -> int:
         """One row of a page: keys and values each in whole grains of memory."""
         return self.num_planes * _grains(width * self.plane_token_bytes)
+
+    def prompt_row_bytes(self, prompt: int, page_tokens: int) -> int:
+        """All pages that one row's prompt is kept in."""
+        widths, _ = page_widths(prompt, 0, page_tokens, self.window)
+        return sum(self.page_row_bytes(width) for width in widths)
+
+    def row_bytes(self, prompt: int, decoded: int, page_tokens: int) -> int:
+        """The most that one row takes in one layer."""
+        return _row_bytes(self, prompt, decoded, page_tokens)
+
+    def seen_bytes(self, tokens: float) -> float:
+        """What a decode step reads of a row of so many tokens in one layer."""
+        return self.token_bytes * (tokens if self.window is None else min(tokens, self.window))
+
+
+@lru_cache(maxsize=64)  # while a policy is looked for, the same row is asked for again and again
+def _row_bytes(cache: LayerCaches, prompt: int, decoded: int, page_tokens: int) -> int:
+    of_prompt, of_decoded = page_widths(prompt, decoded, page_tokens, cache.window)
+    widths = (*of_prompt, *of_decoded)
+    sizes = [cache.page_row_bytes(width) for width in widths]
+    return most_kept(sizes, edges_of(widths), cache.window)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +144,10 @@ class ModelSizes:
     def cache_token_bytes(self) -> int:
         """What one token takes in all layers."""
         return sum(cache.num_layers * cache.token_bytes for cache in self.caches)
+
+    def seen_bytes(self, tokens: float) -> float:
+        """What a decode step reads of the cache of a row of so many tokens, in all layers."""
+        return sum(cache.num_layers * cache.seen_bytes(tokens) for cache in self.caches)
 
     @property
     def weight_bytes(self) -> int:
@@ -274,38 +298,6 @@ def _with_device(split: Split, device: float) -> Split:
     return Split(device=device, host=host, disk=max(0.0, 1 - device - host))
 
 
-def page_widths(
-    prompt: int, decoded: int, page_tokens: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Columns of each page of a prompt, and of what is decoded after it."""
-    return _widths(prompt, PROMPT_PAGE_TOKENS), _widths(decoded, page_tokens)
-
-
-def _widths(columns: int, most: int) -> tuple[int, ...]:
-    full, rest = divmod(columns, most)
-    return (most,) * full + ((rest,) if rest else ())
-
-
-def cache_row_bytes(model: ModelSizes, job: JobSizes, page_tokens: int) -> int:
-    """The cache of one row of the job's lengths."""
-    decoded = job.columns - job.prompt_tokens
-    widths = [
-        width for part in page_widths(job.prompt_tokens, decoded, page_tokens) for width in part
-    ]
-    return sum(
-        cache.num_layers * sum(cache.page_row_bytes(width) for width in widths)
-        for cache in model.caches
-    )
-
-
-def _layer_row_bytes(model: ModelSizes, job: JobSizes, page_tokens: int) -> int:
-    """The most that one row takes in a layer."""
-    return max(
-        cache_row_bytes(replace(model, caches=(replace(cache, num_layers=1),)), job, page_tokens)
-        for cache in model.caches
-    )
-
-
 def footprint(
     model: ModelSizes,
     job: JobSizes,
@@ -354,9 +346,17 @@ def footprint(
     far_bytes, disk_bytes = _streamed(model, policy, unified)
     load_bytes = _load_bytes(model, policy, unified)
 
-    row_bytes = cache_row_bytes(model, job, page_tokens)
-    layer_row_bytes = _layer_row_bytes(model, job, page_tokens)
-    page_row_bytes = _page_row_bytes(model, min(page_tokens, job.columns - job.prompt_tokens))
+    decoded = job.columns - job.prompt_tokens
+    # Of each kind of layer, whose rows are dealt by themselves.
+    kinds = [
+        (cache.num_layers, cache.row_bytes(job.prompt_tokens, decoded, page_tokens))
+        for cache in model.caches
+    ]
+    row_bytes = sum(num_layers * of_layer for num_layers, of_layer in kinds)
+    layer_row_bytes = max(of_layer for _, of_layer in kinds)
+    cut_row_bytes = num_batches * sum(of_layer for _, of_layer in kinds)
+    page_row_bytes = _page_row_bytes(model, min(page_tokens, decoded))
+    cut_page_bytes = num_batches * len(kinds) * page_row_bytes
     cache_far = policy.cache.disk + (0.0 if unified else policy.cache.host)
     # Pages of this visit and of the next one.
     cuts = -(-visit_rows // batch_rows)
@@ -378,9 +378,9 @@ def footprint(
             weights[2],
         ),
         load_bytes=(load_bytes, round(on_disk * load_bytes)),
-        cache_bytes=_cache_split(rows * row_bytes, num_batches * layer_row_bytes, policy.cache),
+        cache_bytes=_cache_split(rows * row_bytes, cut_row_bytes, policy.cache),
         open_page_bytes=_cache_split(
-            rows * page_row_bytes * model.num_layers, num_batches * page_row_bytes, policy.cache
+            rows * page_row_bytes * model.num_layers, cut_page_bytes, policy.cache
         )[2],
         activation_bytes=_states_split(model, sweep_tokens, num_pieces, policy.activations),
         staging_bytes=(
@@ -401,7 +401,8 @@ def footprint(
         ),
         work_bytes=visit_tokens * model.work_token_bytes
         + min(visit_rows, HEAD_TOKENS) * model.head_token_bytes
-        + visit_rows * job.columns * model.score_bytes,
+        + visit_rows * job.columns * model.score_bytes
+        + (_moved_bytes(model, job, page_tokens) if is_chunked else 0),
         unified=unified,
     )
 
@@ -522,10 +523,32 @@ def _written_bytes(
         prompt_tokens = longest + min(policy.prefill_tokens, policy.sweep_tokens)
     # A chunk may begin and end within a page, and pages reach back to the longest row's start.
     chunk_tokens = longest + 2 * min(PROMPT_PAGE_TOKENS, job.prompt_tokens)
-    chunk = _page_row_bytes(model, chunk_tokens)
     prompt_rows = max(1, min(-(-prompt_tokens // longest), visit_rows))
-    all_bytes = prompt_rows * chunk + visit_rows * newest
-    return min(all_bytes, share * all_bytes + CUT_ROWS * (chunk + newest))
+    most = most_of_row = 0
+    for cache in model.caches:
+        of_row = cache.page_row_bytes(chunk_tokens)
+        of_visit = prompt_rows * of_row
+        if cache.window is not None:
+            # The row that goes on has all that is kept of it moved; no row has more written.
+            kept = cache.prompt_row_bytes(job.prompt_tokens, page_tokens)
+            of_row, of_visit = kept, min(visit_rows * kept, of_visit + kept)
+        most, most_of_row = max(most, of_visit), max(most_of_row, of_row)
+    all_bytes = most + visit_rows * newest
+    return min(all_bytes, share * all_bytes + CUT_ROWS * (most_of_row + newest))
+
+
+def _moved_bytes(model: ModelSizes, job: JobSizes, page_tokens: int) -> int:
+    """A page's copy, by which what a window keeps of a row moves up when its prompt goes on."""
+    return max(
+        (
+            cache.page_row_bytes(
+                page_widths(job.prompt_tokens, 0, page_tokens, cache.window)[0][-1]
+            )
+            for cache in model.caches
+            if cache.window is not None and 1 < cache.window <= job.prompt_tokens
+        ),
+        default=0,
+    )
 
 
 def _beside_bytes(
@@ -562,10 +585,10 @@ def _states_split(
     return device, host, disk
 
 
-def _cache_split(all_bytes: float, row_bytes: float, split: Split) -> tuple[int, int, int]:
-    """The cache on each tier, where a cut may go through one row of each batch."""
+def _cache_split(all_bytes: float, cut_bytes: float, split: Split) -> tuple[int, int, int]:
+    """The cache on each tier, where cuts may go through cut_bytes: a row of each batch and kind."""
     device, host, disk = (
-        round(min(all_bytes, share * all_bytes + CUT_ROWS * row_bytes)) if share > 0 else 0
+        round(min(all_bytes, share * all_bytes + CUT_ROWS * cut_bytes)) if share > 0 else 0
         for share in split.shares()
     )
     return device, host, disk

@@ -145,8 +145,14 @@ class Lane:
                 self._tasks.extendleft((task, job, label) for task in reversed(tasks))
             else:
                 self._tasks.extend((task, job, label) for task in tasks)
-            self._changed.notify(len(tasks))
+            self._changed.notify_all()
         return job
+
+    def wait_until_idle(self) -> None:
+        """Block until all that was queued has ended, and is counted."""
+        with self._changed:
+            while self._open and (self._tasks or self._num_busy):
+                self._changed.wait()
 
     def close(self) -> None:
         """Drop what is queued, let running tasks end, and stop the threads."""
@@ -184,6 +190,7 @@ class Lane:
                 self._num_busy -= 1
                 if self._num_busy == 0:
                     self._busy_s += time.perf_counter() - self._busy_since_s
+                    self._changed.notify_all()
             if self._watch is not None:
                 self._watch(self.name, thread, label, started_s, time.perf_counter(), moved_bytes)
             # Whoever hears that the job is done may need the room of the task's buffers at once.

@@ -417,9 +417,11 @@ class Store:
         return True
 
     def drain(self) -> None:
-        """Wait for all write-backs under way."""
+        """Wait for all write-backs under way, and until every lane has counted what it moved."""
         while self._writes:
             self._writes.popleft().join()
+        for lane in self.lanes.values():
+            lane.wait_until_idle()
 
     def close(self) -> None:
         """Stop the lanes and remove every file of this run."""

@@ -320,6 +320,28 @@ def test_a_published_config_means_what_transformers_makes_of_it(config):
     assert spec_of(config) == spec_of(as_transformers_has_it(config))
 
 
+@pytest.mark.parametrize(
+    ("family", "field", "found", "default"),
+    [
+        ("mistral", "sliding_window", lambda spec: spec.layers[0].attention.window, 4096),
+        ("gemma2", "attn_logit_softcapping", lambda spec: spec.layers[0].attention.soft_cap, 50.0),
+        ("gemma2", "final_logit_softcapping", lambda spec: spec.logit_cap, 30.0),
+        ("llama", "bos_token_id", lambda spec: spec.bos_token_id, 1),
+        ("llama", "eos_token_id", lambda spec: spec.eos_token_ids or None, (2,)),
+    ],
+)
+def test_a_null_is_none_of_what_there_need_not_be(family, field, found, default):
+    absent, null = spec_of({"model_type": family}), spec_of({"model_type": family, field: None})
+
+    assert (found(absent), found(null)) == (default, None)
+
+
+def test_what_the_whole_says_of_tokens_is_for_its_text_part():
+    spec = spec_of({**PUBLISHED["gemma-3-4b"], "pad_token_id": 7})
+
+    assert (spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id) == (2, (1, 106), 7)
+
+
 def test_longrope_goes_by_its_first_name_too():
     config = PUBLISHED["phi-3-mini-128k"]
     first = {**config, "rope_scaling": {**config["rope_scaling"], "type": "su"}}

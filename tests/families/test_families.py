@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_families import make, variants
@@ -28,3 +30,9 @@ def test_the_head_leaves_the_hidden_states_as_they_were(variant, tmp_path):
     head(source.spec, weights, x_TD)
 
     assert torch.equal(x_TD, before_TD)
+
+
+def test_a_family_without_variants_is_an_error_and_not_a_skip():
+    metafunc: Any = None
+    with pytest.raises(NotImplementedError, match="needs `variants`"):
+        FamilyConformance().pytest_generate_tests(metafunc)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -21,6 +22,8 @@ MODULES = sorted(
 )
 
 MOST_LINES = 140
+
+README = Path(__file__).parent.parent.parent / "README.md"
 
 
 def test_every_family_has_a_tiny_variant():
@@ -43,6 +46,14 @@ def test_a_family_is_one_small_file_named_after_its_model_type(name):
     assert name in OURS
     assert f'(`model_type` "{name}")' in module.__doc__.splitlines()[0]
     assert len(lines) <= MOST_LINES
+
+
+def test_the_readme_names_every_family_that_a_checkpoint_may_be_of():
+    part = README.read_text(encoding="utf-8").split("## Which models\n")[1].split("\n- ")[0]
+
+    named = set(re.findall(r"`(\w+)`", part))
+
+    assert named == {name for name in OURS if not name.endswith("_vl_text")}
 
 
 @pytest.mark.parametrize("name", OURS)

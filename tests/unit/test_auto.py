@@ -96,6 +96,42 @@ def test_more_memory_never_predicts_less(job, budgets, more, unified):
     assert predicted(larger) >= 0.99 * predicted(budgets)
 
 
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_budget_holds_more_rows_of_a_model_with_windows(unified):
+    cache = MODEL.caches[0]
+    half = cache.num_layers // 2
+    full, windowed = replace(cache, num_layers=half), replace(cache, num_layers=half, window=256)
+    mixed = replace(MODEL, caches=(full, windowed))
+    job = JobSizes(prompt_tokens=1800, new_tokens=128)
+    # The weights and 24 rows' whole cache.
+    num_bytes = MODEL.weight_bytes + 24 * job.columns * MODEL.cache_token_bytes
+    budgets = Budgets(device_bytes=num_bytes, host_bytes=400 * MIB, disk_bytes=0)
+    rates = typical_rates(unified)
+    rows, predicted = {}, {}
+
+    for name, model in {"full": MODEL, "mixed": mixed}.items():
+        policy = choose(model, job, budgets, page_tokens=PAGE_TOKENS, unified=unified)
+        rows[name] = policy.block_size
+        predicted[name] = predicted_tok_s(model, job, policy, rates, unified)
+
+    assert rows["mixed"] >= 1.3 * rows["full"]
+    assert predicted["mixed"] > predicted["full"]
+
+
+def test_a_step_is_predicted_to_read_what_windows_show():
+    """With rows enough for the cache to be all that counts."""
+    cache, job = MODEL.caches[0], JobSizes(prompt_tokens=1948, new_tokens=100)
+    windowed = replace(MODEL, caches=(replace(cache, window=222),))
+    policy = Policy(cache=Split(device=0, disk=1), batch_size=256, num_batches=64)
+
+    times = [
+        1 / predicted_tok_s(model, job, policy, typical_rates(True), True)
+        for model in (replace(MODEL, token_flops=1), replace(windowed, token_flops=1))
+    ]
+
+    assert times[0] == pytest.approx(9 * times[1], rel=0.01)
+
+
 @given(job=JOBS, budgets=BUDGETS, addressable=st.booleans())
 def test_where_memory_is_unified_nothing_is_homed_on_the_host(job, budgets, addressable):
     facts = {"page_tokens": PAGE_TOKENS, "unified": True, "addressable": addressable}

@@ -155,7 +155,7 @@ def test_a_shared_checkpoint_is_written_once_and_has_every_tensor(tmp_path, monk
 
 
 def test_an_unknown_model_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="`flexport models` lists"):
+    with pytest.raises(UsageError, match="small-experts and what `flexport models` lists"):
         shared_checkpoint("no/such", "bfloat16", tmp_path)
 
 

@@ -19,6 +19,18 @@ MODEL = model_sizes(
     lambda tensor: TensorSize.plain(tensor, 2, 2),
     2,
 )
+CACHE = MODEL.caches[0]
+HALF = CACHE.num_layers // 2
+WINDOW = 100
+WINDOWED = replace(
+    MODEL,
+    caches=(
+        replace(CACHE, num_layers=CACHE.num_layers - HALF),
+        replace(CACHE, num_layers=HALF, window=WINDOW),
+    ),
+)
+"""The same model, half of whose layers see the last hundred tokens."""
+
 JOB = JobSizes(prompt_tokens=128, new_tokens=32)
 PAGE_TOKENS = 64
 ON_DISK = Split(device=0, disk=1)
@@ -80,19 +92,59 @@ def test_what_is_asked_for_on_a_tier_is_counted_there(policy, unified):
     assert needs.host_bytes == 0 or not unified
 
 
-@given(policy=policies(), unified=st.booleans())
-def test_more_rows_and_longer_ones_never_take_less(policy, unified):
+@given(
+    model=st.sampled_from([MODEL, WINDOWED]),
+    policy=policies(),
+    unified=st.booleans(),
+    job=st.builds(JobSizes, prompt_tokens=st.integers(1, 300), new_tokens=st.integers(1, 300)),
+)
+def test_more_rows_and_longer_ones_never_take_less(model, policy, unified, job):
     def all_bytes(job, policy):
-        needs = footprint(MODEL, job, policy, PAGE_TOKENS, unified)
+        needs = footprint(model, job, policy, PAGE_TOKENS, unified)
         return needs.device_bytes, needs.host_bytes, needs.disk_bytes
 
-    least = all_bytes(JOB, policy)
+    least = all_bytes(job, policy)
     for more in (
-        all_bytes(replace(JOB, new_tokens=64), policy),
-        all_bytes(replace(JOB, prompt_tokens=256), policy),
-        all_bytes(JOB, replace(policy, num_batches=policy.num_batches + 1)),
+        all_bytes(replace(job, new_tokens=job.new_tokens + 32), policy),
+        all_bytes(replace(job, prompt_tokens=job.prompt_tokens + 128), policy),
+        all_bytes(job, replace(policy, num_batches=policy.num_batches + 1)),
     ):
         assert all(here <= there for here, there in zip(least, more, strict=True))
+
+
+@pytest.mark.parametrize("policy", [Policy(batch_size=8), Policy(cache=ON_DISK, batch_size=8)])
+def test_a_longer_prompt_takes_no_more_of_a_window(policy):
+    """Pages of the window are 16 columns wide, of which each row's part is whole pages of memory."""
+    tier = 2 if policy.cache.disk else 0
+    taken = {}
+    for prompt_tokens in (WINDOW, 1024, 4096):
+        job = JobSizes(prompt_tokens=prompt_tokens, new_tokens=200)
+        needs = footprint(WINDOWED, job, policy, PAGE_TOKENS, True).cache_bytes[tier]
+        full = footprint(MODEL, job, policy, PAGE_TOKENS, True).cache_bytes[tier]
+        taken[prompt_tokens] = needs - full / 2
+
+    least_bytes = 8 * HALF * WINDOW * CACHE.token_bytes
+    assert len(set(taken.values())) == 1
+    assert least_bytes <= taken[WINDOW] <= (1 + 2 * 15 / WINDOW) * least_bytes
+
+
+def test_heads_that_share_keys_and_values_share_their_bytes():
+    config = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 32}
+    alone, grouped = (
+        model_sizes(
+            spec_of({**config, "num_key_value_heads": num_kv_heads}),
+            lambda tensor: TensorSize.plain(tensor, 2, 2),
+            2,
+        )
+        for num_kv_heads in (32, 4)
+    )
+    job = JobSizes(prompt_tokens=1000, new_tokens=1)
+
+    needs = footprint(grouped, job, Policy(batch_size=1), PAGE_TOKENS, True)
+
+    # Keys and values of 4 heads of 128, in 2 bytes each, in 2 layers.
+    assert needs.cache_bytes == (1000 * 2 * 4 * 128 * 2 * 2, 0, 0)
+    assert 8 * grouped.cache_token_bytes == alone.cache_token_bytes
 
 
 @given(policy=policies())

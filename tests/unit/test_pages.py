@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexport.engine.pages import PageShape
-from flexport.planner.footprint import page_widths
+from flexport.planner.footprint import LayerCaches
 from flexport.store.direct_io import ALIGNMENT
 
 SHAPES = st.builds(
@@ -46,12 +48,23 @@ def test_rows_of_a_page_moved_by_themselves_are_its_rows(shape, num_rows, width,
         assert not whole[end:].any()
 
 
-@given(prompt=st.integers(1, 3000), decoded=st.integers(0, 300), page_tokens=st.integers(1, 64))
-def test_pages_hold_every_column_once_and_are_no_wider_than_they_may_be(
-    prompt, decoded, page_tokens
-):
-    of_prompt, of_decoded = page_widths(prompt, decoded, page_tokens)
+@given(
+    shape=SHAPES,
+    prompt=st.integers(1, 600),
+    decoded=st.integers(0, 300),
+    page_tokens=st.integers(1, 64),
+    window=st.none() | st.integers(1, 400),
+)
+def test_a_row_takes_what_the_planner_counts_for_it(shape, prompt, decoded, page_tokens, window):
+    shape = replace(shape, window=window)
+    plane_token_bytes = shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
+    counted = LayerCaches(
+        num_layers=1,
+        plane_token_bytes=plane_token_bytes,
+        num_planes=shape.num_planes,
+        window=window,
+    )
 
-    assert (sum(of_prompt), sum(of_decoded)) == (prompt, decoded)
-    assert max(of_prompt) <= 256
-    assert all(0 < width <= page_tokens for width in of_decoded)
+    row_bytes = shape.row_bytes(prompt, decoded, page_tokens)
+
+    assert row_bytes == counted.row_bytes(prompt, decoded, page_tokens)

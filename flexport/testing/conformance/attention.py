@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from flexport.backend import AttentionSpec, Backend
 from flexport.engine.pages import PageShape
 from flexport.testing.conformance.problems import AttentionCase, AttentionProblem
-from flexport.testing.conformance.tensors import dtypes_of, on_host, placed
+from flexport.testing.conformance.tensors import dtypes_of, on_host, placed, placed_keys
 from flexport.torch_ops import as_tensor
 
 __all__ = ["ATTENTION_CASES", "AttentionLaws"]
@@ -221,6 +221,41 @@ class AttentionLaws:
                 values=[page[held] for page in problem.values],
                 spec=replace(problem.spec, starts=spec.starts[held]),
             ).check(on_host(backend, out_NHLE))
+
+    @pytest.mark.parametrize("window", [None, 20])
+    @pytest.mark.parametrize("queries", [3, 20])
+    def test_attention_takes_a_chunk_behind_parts_of_pages(
+        self, backend: Backend, queries: int, window: int | None
+    ) -> None:
+        """What a chunk brings comes as the projection left it, behind pages of earlier columns."""
+        case = AttentionCase(
+            pages=(16, 9, queries),
+            length=25 + queries,
+            queries=queries,
+            rows=1,
+            heads=(6, 3),
+            starts=(4,),
+            window=window,
+        )
+        by_feature = backend.capabilities.keys_by_feature
+        for dtype in dtypes_of(backend):
+            problem = AttentionProblem.draw(case, dtype)
+            q_NHLE, _, _, spec = problem.on_device(backend)
+            keys, values = (
+                [
+                    placed_keys(backend, whole, order),
+                    placed_keys(backend, torch.nn.functional.pad(part, (0, 0, 0, 7)), order)[
+                        :, :, :9
+                    ],
+                    placed(backend, new.transpose(1, 2)).transpose(1, 2),
+                ]
+                for (whole, part, new), order in (
+                    (problem.keys, by_feature),
+                    (problem.values, False),
+                )
+            )
+
+            problem.check(on_host(backend, backend.attention(q_NHLE, keys, values, spec)))
 
     @pytest.mark.parametrize("num_rows", [1, 3])
     def test_attention_takes_parts_of_one_projection(self, backend: Backend, num_rows: int) -> None:
