@@ -13,16 +13,20 @@ __all__ = ["load"]
 
 def load(model: Path, scratch: Path, _: int | None) -> Any:
     """The model with its embedding and head in memory, and its layers on disk."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model)
-    decoder = "model.decoder"
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    decoder = next(name for name, _ in made.named_modules() if name.endswith(".layers"))
+    parent = decoder.rpartition(".")[0]
     places = {
         **{
-            f"{decoder}.{part}": "cpu"
-            for part in ("embed_tokens", "embed_positions", "final_layer_norm")
+            f"{parent}.{name}": "cpu"
+            for name, _ in made.get_submodule(parent).named_children()
+            if name != "layers"
         },
-        **{f"{decoder}.layers.{i}": "disk" for i in range(config.num_hidden_layers)},
+        **{f"{decoder}.{i}": "disk" for i in range(len(made.get_submodule(decoder)))},
         "lm_head": "cpu",
     }
     return AutoModelForCausalLM.from_pretrained(

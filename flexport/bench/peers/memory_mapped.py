@@ -30,6 +30,11 @@ def load(model: Path, _: Path, __: int | None) -> Any:
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
     made.tie_weights()
+    for name, module in list(made.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            # What is worked out and in no file: the angles of rotary positions.
+            parent, _, own = name.rpartition(".")
+            setattr(made.get_submodule(parent), own, type(module)(config))
     left = [name for name, weight in made.named_parameters() if weight.is_meta]
     left += [name for name, buffer in made.named_buffers() if buffer.is_meta]
     assert not left, left
