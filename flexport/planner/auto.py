@@ -22,7 +22,9 @@ __all__ = ["Choice", "Rates", "check", "choose", "predicted_tok_s", "typical_rat
 
 BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BATCH_ROWS = 64
-"""Rows of a micro-batch: matrix kernels are near their best from here on."""
+"""Rows of a micro-batch where pages of a block's cache take turns near the device. Where all of them
+have room, one batch of the whole block is tried, too: a product of 192 rows takes half the time of
+three of 64 if the weights stream, since the kernel rearranges them anew for each."""
 
 PACED_BATCH_ROWS = 8
 """Rows of a micro-batch where prompts are paced: few, since all of them wait for the last one's
@@ -247,7 +249,11 @@ def _blocks(model: ModelSizes, job: JobSizes, fixed: Choice) -> Iterator[Policy]
     shapes = {
         shape
         for size in sizes
-        for shape in (_lockstep(size, fixed), _paced(size, job, fixed))
+        for shape in (
+            _lockstep(size, fixed, BATCH_ROWS),
+            _lockstep(size, fixed, size),
+            _paced(size, job, fixed),
+        )
         if shape is not None
     }
     for batch_size, num_batches, sweep_tokens in sorted(
@@ -264,10 +270,10 @@ def _blocks(model: ModelSizes, job: JobSizes, fixed: Choice) -> Iterator[Policy]
         )
 
 
-def _lockstep(size: int, fixed: Choice) -> tuple[int, int, int]:
+def _lockstep(size: int, fixed: Choice, most_rows: int) -> tuple[int, int, int]:
     """Batch size, number of batches and sweep tokens of a block that goes step by step."""
-    batch_size = fixed.batch_size or min(BATCH_ROWS, -(-size // (fixed.num_batches or 1)))
-    num_batches = fixed.num_batches or max(1, -(-size // (fixed.batch_size or BATCH_ROWS)))
+    batch_size = fixed.batch_size or min(most_rows, -(-size // (fixed.num_batches or 1)))
+    num_batches = fixed.num_batches or max(1, -(-size // (fixed.batch_size or most_rows)))
     return batch_size, num_batches, fixed.sweep_tokens or 0
 
 
