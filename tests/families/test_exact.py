@@ -77,7 +77,7 @@ def test_a_router_has_the_numbers_of_its_file_in_a_run_in_bfloat16(
         report = llm.report
     backend.close()
 
-    endings = {"router.weight": ("gate.weight", "router.weight"), **slots}
+    endings: dict[str, Any] = {"router.weight": ("gate.weight", "router.weight"), **slots}
     for slot, tensors in seen.items():
         saved = [tensor.flatten() for n, tensor in state.items() if n.endswith(endings[slot])]
         assert tensors

@@ -30,7 +30,7 @@ class NormWeights:
         self._own = [dict(module.named_parameters()) for module in modules]
 
     def vector(self, slot: str) -> Tensor:
-        tensors = [own[slot.rpartition(".")[2]] for own in self._own]
+        tensors: list[Tensor] = [own[slot.rpartition(".")[2]] for own in self._own]
         return tensors[0] if len(tensors) == 1 else torch.stack(tensors)
 
 
