@@ -152,9 +152,10 @@ def _work_values(spec: ModelSpec, layer: Layer) -> int:
     if isinstance(attention, LatentAttention):
         attending += 2 * attention.query_size + attention.out_size
     if isinstance(mlp, Experts):
-        # Expert by expert, with copies of the tokens; at worst one expert takes them all.
+        # Expert by expert, with copies of the tokens; at worst one expert takes them all. What each
+        # made of a token waits for the others.
         shared = mlp.shared.size if mlp.shared is not None else 0
-        width = max(mlp.mlp.size, shared) * 3 + 3 * spec.hidden_size
+        width = max(mlp.mlp.size, shared) * 3 + (mlp.top_k + 3) * spec.hidden_size
     else:
         width = (3 if mlp.gated else 2) * mlp.size
     beside = spec.hidden_size * (3 if layer.norms != "input" or layer.parallel != "no" else 1)
