@@ -38,7 +38,7 @@ COLUMN_BYTES = 2 * KV_HEADS * HEAD_DIM * 4
 memory, so that a page of 16 wastes nothing."""
 
 WINDOWS: dict[str, list[int | None]] = {
-    "some layers": [9, None, 9],
+    "every other layer": [9, None, 9, None],
     "all layers": [24, 24, 24],
     "narrow": [1, None, 1],
     "wide": [None, 40, 40],
@@ -304,28 +304,34 @@ def most_by_hand(window: int | None, page_tokens: int) -> int:
     return most
 
 
-def run(found: Reference, cache: list[int], prompt: int = PROMPT, **options: Any) -> flexport.LLM:
-    """A closed LLM that has run NUM_ROWS rows in one batch."""
+def run(
+    found: Reference,
+    cache: list[int],
+    prompt: int = PROMPT,
+    num_rows: int = NUM_ROWS,
+    **options: Any,
+) -> flexport.LLM:
+    """A closed LLM that has run one batch of rows of this length."""
     with flexport.LLM(
         found.directory, dtype="float32", percent=[100, 0, *cache, 100, 0],
-        batch_size=NUM_ROWS, num_batches=1, **options, **AMPLE,
+        batch_size=num_rows, num_batches=1, **options, **AMPLE,
     ) as llm:  # fmt: skip
-        prompts = [[5 + row] * prompt for row in range(NUM_ROWS)]
+        prompts = [[5 + row] * prompt for row in range(num_rows)]
         llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))
         return llm
 
 
 @pytest.fixture
-def most_kept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def most_kept(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """The most bytes that the pages of each layer took together, in a job of one batch."""
-    most = [0, 0, 0]
+    most: dict[int, int] = {}
     new_page = BatchCache.new_page
 
     def watched(self, band, **options):
         new_page(self, band, **options)
         for layer, bands in enumerate(self._bands):
             kept_bytes = sum(page.num_bytes for each in bands for page in each.pages.values())
-            most[layer] = max(most[layer], kept_bytes)
+            most[layer] = max(most.get(layer, 0), kept_bytes)
 
     monkeypatch.setattr(BatchCache, "new_page", watched)
     return most
@@ -341,9 +347,34 @@ def test_a_layer_keeps_its_window_and_the_plan_counts_just_that(
 
     assert llm.plan is not None
     by_hand = [most_by_hand(window, llm.plan.page_tokens) for window in WINDOWS[name]]
-    assert most_kept == [NUM_ROWS * row for row in by_hand]
+    assert most_kept == {layer: NUM_ROWS * of_row for layer, of_row in enumerate(by_hand)}
     if cache != [40, 0]:  # a cut is counted as whole rows
-        assert sum(llm.plan.needs.cache_bytes) == sum(most_kept)
+        assert sum(llm.plan.needs.cache_bytes) == sum(most_kept.values())
+
+
+@pytest.mark.parametrize("prefill_tokens", [2048, 8], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_what_a_batch_will_keep_is_set_aside_when_it_begins_and_no_more(
+    name, prefill_tokens, reference, most_kept, monkeypatch, nothing_left
+):
+    """Pages that have gone make room for those to come, which is nobody else's meanwhile."""
+    claims: list[int] = []
+    missing: list[int] = []
+    new_page = BatchCache.new_page
+
+    def watched(self, band, **options):
+        if not claims:
+            claims.append(self.claim_bytes[0])
+        promised_bytes = band.promised_bytes
+        new_page(self, band, **options)
+        missing.append(band.pages[band.num_made - 1].num_bytes - promised_bytes)
+
+    monkeypatch.setattr(BatchCache, "new_page", watched)
+
+    run(reference(name), [100, 0], prefill_tokens=prefill_tokens, offload_dir=nothing_left)
+
+    assert claims == [sum(most_kept.values())]
+    assert max(missing) <= 0
 
 
 @pytest.mark.parametrize("name", WINDOWS)
@@ -381,3 +412,13 @@ def test_a_chunk_moves_what_the_window_keeps_however_long_its_prompt_is(referenc
     assert more["host_to_disk"] == 2 * kept_bytes
     table_bytes = NUM_ROWS * 16 * 32 * 4
     assert 0 <= more["disk_to_host"] - 2 * kept_bytes <= table_bytes
+
+
+def test_each_tier_has_its_share_of_windows_and_of_whole_caches(reference, nothing_left):
+    """Whole rows are all that can be dealt: of one row, every other layer of either kind."""
+    found = reference("every other layer")
+
+    llm = run(found, [50, 0], num_rows=1, offload_dir=nothing_left)
+
+    on_device, on_disk = (llm.report["placement"]["cache"][tier] for tier in ("device", "disk"))
+    assert on_device["bytes"] == on_disk["bytes"] > 0
