@@ -67,8 +67,8 @@ class ModelWeights:
             shard.slot for shards in layers for shard in shards if shard.stored.transposed
         )
         """Slots of matrices that lie as (features in, features out), in whatever layer."""
-        self._experts: list[dict[int, list[_Stream]]] = [defaultdict(list) for _ in layers]
-        """What streams of each expert."""
+        self._experts: list[dict[int, list[_Stream]]] = [{} for _ in layers]
+        """What streams of each expert, of those that do not stay as a whole."""
         self._window: ExpertWindow | None = None
         self._projections: list[list[_Stream]] = [[] for _ in layers]
         """Bundles that stay on the host while the CPU multiplies with them."""
@@ -98,7 +98,8 @@ class ModelWeights:
     def staging_bytes(self, layer: int, *, on_host: bool = False) -> tuple[int, int]:
         """Device and host bytes that fetching the layer takes, decoded copies included.
 
-        Experts are not in it: they have memory of their own. With `on_host`, the CPU multiplies with what it can.
+        Experts are not in it: they have memory of their own. With `on_host`, the CPU multiplies
+        with what it can.
         """
         moving = self.moving(self._streamed(layer, on_host))
         return moving.device_bytes + moving.decoded_bytes, moving.host_bytes
@@ -170,7 +171,7 @@ class ModelWeights:
         stays = [shard for shard in shards if shard.tier in near and not shard.stored.is_packed]
         if stays:
             self._make_resident(layer, stays)
-        own = self._streams[layer] if expert is None else self._experts[layer][expert]
+        own: list[_Stream] = []
         packed = [shard for shard in shards if shard.tier in near and shard.stored.is_packed]
         if packed:
             bundle = Bundle(packed)
@@ -193,6 +194,10 @@ class ModelWeights:
                     bundles.append((bundle, keep(bundle)))
             if tables and tier is Tier.HOST:
                 self._keep_on_host(Bundle(tables))
+        if expert is None:
+            self._streams[layer] += own
+        elif own:
+            self._experts[layer][expert] = own
 
     def _is_projection(self, shard: Shard) -> bool:
         """Whether the CPU may multiply with the shard, as it lies."""
