@@ -743,6 +743,7 @@ class GivesThePastNoWeight(Attends):
     "test_attention_takes_keys_in_either_order",
     "test_attention_takes_parts_of_one_projection",
     "test_attention_takes_pages_as_the_cache_lays_them_out",
+    "test_attention_takes_a_chunk_behind_parts_of_pages",
 )
 class IgnoresStridesOfPages(Attends):
     def before(self, q: Tensor, keys: Any, values: Any, spec: Any) -> Any:
