@@ -48,9 +48,9 @@ class ExpertWindow:
 
         Of the device decoded_bytes more, for one expert that is decoded.
         """
-        self._pools = (store.device, store.host)
         self._promises = [
-            Promise(pool, size) for pool, size in zip(self._pools, num_bytes, strict=True)
+            Promise(pool, size)
+            for pool, size in zip((store.device, store.host), num_bytes, strict=True)
         ]
         self.decoded = Promise(store.device, decoded_bytes)
         self._queue: deque[ExpertStream] = deque()
