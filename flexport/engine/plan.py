@@ -65,7 +65,7 @@ def model_sizes(
         packed_bytes = max(packed_bytes, _scratch_bytes(dense))
         table_bytes += sum(each.disk_bytes for tensor, each in own if tensor.kind == "table")
         widest = max(
-            (max(each.disk_bytes, each.near_bytes) // tensor.shape[0] for tensor, each in own),
+            (_cut_bytes(tensor, each) for tensor, each in own),
             default=0,
         )
         # Each part of a tensor may begin and end within a grain, and two cuts make two more parts.
@@ -112,6 +112,12 @@ def _exact_excess_bytes(own: Sequence[tuple[TensorSpec, TensorSize]], ratio: flo
     return math.ceil(
         sum(max(0.0, each.near_bytes - ratio * each.disk_bytes) for t, each in own if t.exact)
     )
+
+
+def _cut_bytes(tensor: TensorSpec, size: TensorSize) -> int:
+    """What lies between two places where a tensor can be cut."""
+    cuts = max(1, tensor.shape[0] // size.rows_per_cut)
+    return max(size.disk_bytes, size.near_bytes) // cuts
 
 
 def _scratch_bytes(sizes: Sequence[TensorSize]) -> int:
