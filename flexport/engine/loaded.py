@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from flexport.backend import Backend
+from flexport.codecs.compressed import compressed
 from flexport.engine.admission import Admission, Area
 from flexport.engine.clock import Clock
 from flexport.engine.generation import Generation
 from flexport.engine.host_compute import HostCompute
+from flexport.engine.packing import packed_files
 from flexport.engine.pages import CacheShape
 from flexport.engine.plan import Plan
 from flexport.engine.report import report
@@ -71,9 +73,15 @@ class Loaded:
                 files = source.files
                 if files is None:
                     files = source.make_up(self.store.open_run_directory(), plan.dtype, seed)
+                form = compressed(plan.policy.compress_weights)
+                if form is not None:
+                    files = {
+                        **files,
+                        **packed_files(source, files, form, self.store.open_run_directory()),
+                    }
                 layers = place_weights(
                     self._spec,
-                    lambda tensor: source.stored(tensor, files),
+                    lambda tensor: source.stored(tensor, files, form),
                     plan.policy.weights,
                     projections_on_host=plan.policy.cpu_projections,
                 )

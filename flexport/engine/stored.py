@@ -8,14 +8,21 @@ Torch is not imported here, so that a checkpoint can be looked at, and refused, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
+from flexport.codecs.compressed import Compressed
 from flexport.codecs.layout import Format, Layout, Part
 from flexport.models.spec import TensorSpec
 from flexport.records import FileTensor
 
-__all__ = ["Stored", "TensorSize", "find", "in_file"]
+__all__ = ["Stored", "TensorSize", "compressed_bytes", "find", "in_file", "packed_name"]
+
+_ENDS = frozenset({"head.weight", "project_in.weight", "project_out.weight"})
+"""Matrices of the first and the last layer, which every token's error would pass."""
+
+_VALUE_BYTES = {"int8": 1, "uint8": 1, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +56,8 @@ class Stored:
     """None: plain numbers."""
     files: tuple[FileTensor, ...] = ()
     """Of each part."""
+    slice_of: tuple[int, int] | None = None
+    """(i, n): its parts are the i-th of the n slices of the file's tensors."""
 
     @property
     def is_packed(self) -> bool:
@@ -77,22 +86,69 @@ class Stored:
 
     def placed(self, files: Mapping[str, FileTensor]) -> Stored:
         """The same, with where its parts lie."""
-        own = tuple(_own(files[part.name], part, self.tensor) for part in self.layout.parts)
+        own = tuple(_own(files[part.name], part, self.slice_of) for part in self.layout.parts)
         return replace(self, files=own)
 
 
-def find(tensor: TensorSpec, names: Mapping[str, FileTensor], packing: Format | None) -> Stored:
-    """How a checkpoint with these tensors stores `tensor`; as plain numbers if it has none of it."""
+def find(
+    tensor: TensorSpec,
+    names: Container[str],
+    packing: Format | None,
+    form: Compressed | None = None,
+) -> Stored:
+    """How files with these names store `tensor`; as plain numbers if they have none of it.
+
+    `packing` is the checkpoint's own, `form` that in which flexport has packed it, if it has.
+    """
+    if form is not None and (made := _made(tensor, names, form)) is not None:
+        return Stored(tensor=tensor, layout=made, format=form)
     if packing is not None and tensor.kind in ("matrix", "operand"):
         rows, features = tensor.shape
         for name in tensor.names:
             layout = packing.layout(name, (rows, features), names, transposed=tensor.transposed)
             if layout is not None:
-                return Stored(tensor=tensor, layout=layout, format=packing)
+                return Stored(
+                    tensor=tensor, layout=layout, format=packing, slice_of=tensor.slice_of
+                )
     name = next((name for name in tensor.names if name in names), tensor.names[0])
     plain = Part(name=name, shape=tensor.shape)
     layout = Layout(parts=(plain,), shape=tensor.shape, transposed=tensor.transposed)
-    return Stored(tensor=tensor, layout=layout)
+    return Stored(tensor=tensor, layout=layout, slice_of=tensor.slice_of)
+
+
+def packed_name(tensor: TensorSpec) -> str:
+    """What flexport calls a tensor that it has packed, in its own files."""
+    suffix = f".{tensor.slice_of[0]}" if tensor.slice_of is not None else ""
+    return tensor.names[0] + suffix
+
+
+def compressed_bytes(tensor: TensorSpec, form: Compressed) -> tuple[int, Layout] | None:
+    """What a tensor takes that flexport packs, and how it lies; None if it is left as it is."""
+    layout = _made(tensor, _All(), form)
+    if layout is None:
+        return None
+    num_bytes = 0
+    for part in layout.parts:
+        assert part.dtypes is not None, part
+        (dtype,) = part.dtypes
+        num_bytes += math.prod(part.shape) * _VALUE_BYTES[dtype]
+    return num_bytes, layout
+
+
+class _All:
+    """The names of files that are still to be made."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+def _made(tensor: TensorSpec, names: Container[str], form: Compressed) -> Layout | None:
+    if tensor.kind != "matrix" or tensor.slot in _ENDS:
+        return None
+    rows, features = tensor.shape
+    if not form.fits((features, rows) if tensor.transposed else (rows, features)):
+        return None
+    return form.layout(packed_name(tensor), (rows, features), names, transposed=tensor.transposed)
 
 
 def in_file(part: Part, tensor: TensorSpec) -> tuple[int, ...]:
@@ -102,9 +158,9 @@ def in_file(part: Part, tensor: TensorSpec) -> tuple[int, ...]:
     return part.shape if tensor.slice_of is None else (tensor.slice_of[1], *part.shape)
 
 
-def _own(file: FileTensor, part: Part, tensor: TensorSpec) -> FileTensor:
+def _own(file: FileTensor, part: Part, slice_of: tuple[int, int] | None) -> FileTensor:
     """The part's bytes, which may be a slice of the file's tensor, in the part's own shape."""
-    index, num_slices = tensor.slice_of or (0, 1)
+    index, num_slices = slice_of or (0, 1)
     num_bytes = file.num_bytes // num_slices
     return replace(
         file,
