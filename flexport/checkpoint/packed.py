@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import IO
 
 from flexport.checkpoint.digests import Digests, digest_of, stamp_of
 from flexport.checkpoint.writer import new_file
-from flexport.errors import CheckpointError, DoesNotFit, StorageError, UsageError
+from flexport.errors import CheckpointError, DiskFull, DoesNotFit, StorageError, UsageError
 from flexport.locks import try_lock
 from flexport.units import format_bytes
 
@@ -45,6 +45,10 @@ FORMAT_VERSION = 1
 _MANIFEST, _UNFINISHED, _LOCK = "manifest.json", "unfinished.json", "lock"
 _KEY = re.compile(r"[0-9a-f]{16}")
 _POLL_S = 0.2
+_ELSEWHERE = (
+    "put the cache on a larger disk with FLEXPORT_CACHE=DIR in the environment, or use "
+    "--compress-weights none"
+)
 
 
 def default_directory() -> Path:
@@ -184,6 +188,15 @@ class Entry:
         return None
 
     @property
+    def disk_bytes(self) -> int:
+        """All that lies in its directory, whole or not."""
+        total = 0
+        with suppress(OSError):  # removed meanwhile
+            for path in self.directory.iterdir():
+                total += path.stat().st_size
+        return total
+
+    @property
     def last_used_s(self) -> float | None:
         """When it was last streamed from, since the epoch."""
         for name in (_MANIFEST, _UNFINISHED):
@@ -203,15 +216,20 @@ class Entry:
     def check(
         self,
         manifest: Manifest,
+        names: Collection[str],
         advance: Callable[[int], None] | None = None,
         *,
         read_all: bool = False,
     ) -> None:
         """Raises CheckpointError, which names each file that is not as it was written.
 
-        Untouched files are not read, unless all are to be.
+        `names` are files that it must have. Untouched ones are not read, unless all are to be.
         """
-        problems = []
+        problems = [
+            f"{self.directory / _MANIFEST} does not have {name}"
+            for name in names
+            if name not in manifest.files
+        ]
         for name, file in manifest.files.items():
             problem = self._problem(name, file, advance, read_all=read_all)
             if problem:
@@ -350,12 +368,21 @@ class Entry:
     def add(
         self, manifest: Manifest, name: str, num_bytes: int, write: Callable[[IO[bytes]], None]
     ) -> Manifest:
-        """Write one more file, and the manifest with it; to be used from then on."""
+        """Write one more file, and the manifest with it; to be used from then on.
+
+        Raises DiskFull and StorageError; the files before this one stay for the next try.
+        """
         path = self.directory / name
-        with new_file(path, num_bytes, "packed weights") as file:
-            write(file)
-            file.flush()
-            digest = digest_of(file)
+        try:
+            with new_file(path, num_bytes, "packed weights") as file:
+                write(file)
+                file.flush()
+                digest = digest_of(file)
+        except DiskFull as error:
+            raise DiskFull(
+                f"{error}; make room and start again, and packing goes on where it stopped, or "
+                f"{_ELSEWHERE}"
+            ) from error
         self._cache.digests.remember(path, stamp_of(path), digest)
         assert path.stat().st_size == num_bytes, (path, num_bytes)
         packed = PackedFile(num_bytes=num_bytes, sha256=digest)
@@ -379,8 +406,7 @@ class Entry:
         require_room(
             self.directory,
             num_bytes,
-            "put the cache on a larger disk with FLEXPORT_CACHE=DIR in the environment, remove "
-            "what `flexport pack --list` shows and nobody needs, or use --compress-weights none",
+            f"remove what `flexport pack --list` shows and nobody needs, or {_ELSEWHERE}",
         )
 
 
