@@ -21,7 +21,7 @@ from flexport.codecs.compressed import Compressed
 from flexport.codecs.layout import Format
 from flexport.codecs.published import format_of
 from flexport.demo import MODEL_DIR
-from flexport.engine.stored import Stored, TensorSize, compressed_bytes, find, in_file
+from flexport.engine.stored import Stored, TensorSize, find, in_file, packed_layout
 from flexport.errors import CheckpointError, UnsupportedModel
 from flexport.models import ModelSpec, known_config, known_names, spec_of
 from flexport.models.spec import Layer, TensorSpec, layer_tensors, owned_tensors
@@ -69,9 +69,9 @@ class Source:
     def size(self, tensor: TensorSpec, dtype: str, form: Compressed | None = None) -> TensorSize:
         """What a tensor takes where, if `dtype` is computed in and it is packed as `form`."""
         decoded_bytes = tensor.num_values * VALUE_BYTES[dtype]
-        made = None if form is None else compressed_bytes(tensor, form)
-        if made is not None:
-            num_bytes, layout = made
+        layout = None if form is None else packed_layout(tensor, form)
+        if layout is not None:
+            num_bytes = layout.num_bytes
             return TensorSize(
                 disk_bytes=num_bytes,
                 near_bytes=num_bytes,

@@ -8,7 +8,6 @@ Torch is not imported here, so that a checkpoint can be looked at, and refused, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
@@ -17,12 +16,10 @@ from flexport.codecs.layout import Format, Layout, Part
 from flexport.models.spec import TensorSpec
 from flexport.records import FileTensor
 
-__all__ = ["Stored", "TensorSize", "compressed_bytes", "find", "in_file", "packed_name"]
+__all__ = ["Stored", "TensorSize", "find", "in_file", "packed_layout", "packed_name"]
 
 _ENDS = frozenset({"head.weight", "project_in.weight", "project_out.weight"})
 """Matrices of the first and the last layer, which every token's error would pass."""
-
-_VALUE_BYTES = {"int8": 1, "uint8": 1, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +97,7 @@ def find(
 
     `packing` is the checkpoint's own, `form` that in which flexport has packed it, if it has.
     """
-    if form is not None and (made := _made(tensor, names, form)) is not None:
+    if form is not None and (made := packed_layout(tensor, form, names)) is not None:
         return Stored(tensor=tensor, layout=made, format=form)
     if packing is not None and tensor.kind in ("matrix", "operand"):
         rows, features = tensor.shape
@@ -122,33 +119,26 @@ def packed_name(tensor: TensorSpec) -> str:
     return tensor.names[0] + suffix
 
 
-def compressed_bytes(tensor: TensorSpec, form: Compressed) -> tuple[int, Layout] | None:
-    """What a tensor takes that flexport packs, and how it lies; None if it is left as it is."""
-    layout = _made(tensor, _All(), form)
-    if layout is None:
-        return None
-    num_bytes = 0
-    for part in layout.parts:
-        assert part.dtypes is not None, part
-        (dtype,) = part.dtypes
-        num_bytes += math.prod(part.shape) * _VALUE_BYTES[dtype]
-    return num_bytes, layout
-
-
-class _All:
+class _Every:
     """The names of files that are still to be made."""
 
     def __contains__(self, name: object) -> bool:
         return True
 
 
-def _made(tensor: TensorSpec, names: Container[str], form: Compressed) -> Layout | None:
+EVERY = _Every()
+
+
+def packed_layout(
+    tensor: TensorSpec, form: Compressed, names: Container[str] = EVERY
+) -> Layout | None:
+    """How a tensor lies that flexport packs, in files with these names; None if it stays as it is."""
     if tensor.kind != "matrix" or tensor.slot in _ENDS:
         return None
-    rows, features = tensor.shape
-    if not form.fits((features, rows) if tensor.transposed else (rows, features)):
+    first, second = tensor.shape
+    if not form.fits((second, first) if tensor.transposed else (first, second)):
         return None
-    return form.layout(packed_name(tensor), (rows, features), names, transposed=tensor.transposed)
+    return form.layout(packed_name(tensor), (first, second), names, transposed=tensor.transposed)
 
 
 def in_file(part: Part, tensor: TensorSpec) -> tuple[int, ...]:
