@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from flexport.backend import Backend, Capabilities
 from flexport.codecs.compressed import compressed
 from flexport.engine.attempts import forget, joined, retry
+from flexport.engine.compression import weights_summary
 from flexport.engine.in_flight import InFlight
 from flexport.engine.limits import default_budgets, dtype_for
 from flexport.engine.plan import Plan, model_sizes
@@ -378,6 +379,7 @@ class Engine:
             stream_bytes=round(
                 policy.weights.disk * self._sizes(policy.compress_weights).stream_bytes
             ),
+            compression={"weights": self._weights_summary(policy.compress_weights)},
         )
 
     def _footprint(self, job: JobSizes, policy: Policy) -> Footprint:
@@ -390,6 +392,15 @@ class Engine:
             facts.unified,
             facts.addressable,
         )
+
+    def _weights_summary(self, codec: str) -> dict[str, Any]:
+        form = compressed(codec)
+        if form is not None and self._source.packing is not None:
+            raise PolicyError(
+                f"--compress-weights {codec}: the weights of {self.model_name} are packed already, as "
+                f"{self._source.packing.name}, and run as they are; leave --compress-weights out"
+            )
+        return weights_summary(self.spec, form)
 
     def _sizes(self, codec: str) -> ModelSizes:
         dtype, form = self.dtype, compressed(codec)
