@@ -9,7 +9,7 @@ from collections import Counter
 from functools import lru_cache
 from typing import Any
 
-from flexport.codecs.compressed import Compressed
+from flexport.codecs.compressed import compressed
 from flexport.engine.stored import packed_layout
 from flexport.models.spec import ModelSpec, owned_tensors
 
@@ -17,12 +17,13 @@ __all__ = ["weights_summary"]
 
 
 @lru_cache(maxsize=8)  # a plan is made for every job, and a model may have 50,000 experts
-def weights_summary(spec: ModelSpec, form: Compressed | None) -> dict[str, Any]:
+def weights_summary(spec: ModelSpec, codec: str) -> dict[str, Any]:
     """The report's words on weights.
 
     `codec`; and where there is one `bits` of a weight that is packed, scales and padding included,
     the `share` of all weights that are, and how many weights each part has that is left as it is.
     """
+    form = compressed(codec)
     if form is None:
         return {"codec": "none"}
     num_packed = packed_bytes = 0

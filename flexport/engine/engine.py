@@ -394,13 +394,12 @@ class Engine:
         )
 
     def _weights_summary(self, codec: str) -> dict[str, Any]:
-        form = compressed(codec)
-        if form is not None and self._source.packing is not None:
+        if codec != "none" and self._source.packing is not None:
             raise PolicyError(
                 f"--compress-weights {codec}: the weights of {self.model_name} are packed already, as "
                 f"{self._source.packing.name}, and run as they are; leave --compress-weights out"
             )
-        return weights_summary(self.spec, form)
+        return weights_summary(self.spec, codec)
 
     def _sizes(self, codec: str) -> ModelSizes:
         dtype, form = self.dtype, compressed(codec)
