@@ -98,22 +98,24 @@ class _Rounded:
     """Activations in 8 bits: bytes of which 128 is 0, and what they are multiplied by."""
 
     def __init__(self, x_TD: Tensor) -> None:
-        self._bytes_TD, self._scales_T1, outliers_T = _rounded(x_TD)
-        self._again_R = outliers_T.nonzero().flatten()
-        if len(self._again_R):
-            rounded_RD = (self._bytes_TD[self._again_R].float() - 128) * self._scales_T1[
-                self._again_R
-            ]
-            left_RD = (x_TD[self._again_R] - rounded_RD).to(x_TD.dtype)
-            self._left_bytes_RD, self._left_scales_R1, _ = _rounded(left_RD)
+        bytes_TD, scales_T1, outliers_T = _rounded(x_TD)
+        self._num_tokens = len(x_TD)
+        self._again_R = again_R = outliers_T.nonzero().flatten()
+        if len(again_R):
+            rounded_RD = (bytes_TD[again_R].float() - 128) * scales_T1[again_R]
+            left_bytes_RD, left_scales_R1, _ = _rounded((x_TD[again_R] - rounded_RD).to(x_TD.dtype))
+            # Below the others: what costs is to read the matrix once more, not a row more.
+            bytes_TD = torch.cat([bytes_TD, left_bytes_RD])
+            scales_T1 = torch.cat([scales_T1, left_scales_R1])
+        self._bytes_TD, self._scales_T1 = bytes_TD, scales_T1
 
     def times(self, matrix: PackedMatrix) -> Tensor:
         """The product with an int8 matrix, in bfloat16."""
-        out_TF = _times_int8(self._bytes_TD, self._scales_T1, matrix)
-        if len(self._again_R):
-            left_RF = _times_int8(self._left_bytes_RD, self._left_scales_R1, matrix)
-            out_TF.index_add_(0, self._again_R, left_RF)
-        return out_TF
+        made_TF = _times_int8(self._bytes_TD, self._scales_T1, matrix)
+        if not len(self._again_R):
+            return made_TF
+        out_TF, left_RF = made_TF.split([self._num_tokens, len(self._again_R)])
+        return out_TF.index_add_(0, self._again_R, left_RF)
 
 
 def _times_int8(bytes_TD: Tensor, scales_T1: Tensor, matrix: PackedMatrix) -> Tensor:

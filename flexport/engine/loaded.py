@@ -31,6 +31,7 @@ from flexport.engine.work import JobWork, Purpose
 from flexport.errors import OutOfMemory
 from flexport.intake.pack import pack
 from flexport.models.spec import Experts
+from flexport.process import keep_heap
 from flexport.records import Completion, FileTensor, Request
 from flexport.registry import CPU, open_backend
 from flexport.schedule.executor import execute
@@ -60,6 +61,7 @@ class Loaded:
         Raises OutOfMemory, for which no smaller block helps: weights come before any row.
         """
         started_s = time.perf_counter()
+        keep_heap()
         self.closed = False
         self._spec = source.spec
         self.plan = plan
