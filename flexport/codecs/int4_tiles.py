@@ -78,9 +78,7 @@ def _fill(codes_BDC: Tensor, scales_BGI2: Tensor, out_BDI: Tensor, group: int) -
     out_BDI[..., :half] = (codes_BDC & 15).view(torch.int8).sub_(8)
     out_BDI[..., half:] = (codes_BDC >> 4).view(torch.int8).sub_(8)
     # Side by side, too: what is broadcast is else read number by number.
-    scales_BGI, zeros_BGI = (
-        pair.contiguous() for pair in scales_BGI2.to(out_BDI.dtype).unbind(-1)
-    )
+    scales_BGI, zeros_BGI = (pair.contiguous() for pair in scales_BGI2.to(out_BDI.dtype).unbind(-1))
     size = out_BDI.shape[1]
     for begin, end, groups in _groups(size, group):
         part = out_BDI[:, begin:end].unflatten(1, (groups.stop - groups.start, -1))
