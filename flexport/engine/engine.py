@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from flexport.backend import Backend, Capabilities
+from flexport.backend import Backend, Capabilities, MultipliesPacked
 from flexport.codecs.compressed import compressed
 from flexport.engine.attempts import forget, joined, retry
 from flexport.engine.compression import weights_summary
@@ -84,9 +85,9 @@ class Engine:
         when is written to `trace`, a Chrome trace.
         """
         self._source = open_source(model, revision, load_format)
-        self._sizes_in: dict[tuple[str, str], ModelSizes] = {}
-        """By dtype computed in and how weights are compressed: half a second's work where there are
-        50,000 experts."""
+        self._sizes_in: dict[tuple[str, str, bool], ModelSizes] = {}
+        """By dtype computed in, how weights are compressed, and whether they are ever decoded: half a
+        second's work where there are 50,000 experts."""
         self.spec = self._source.spec
         self._asked_dtype = dtype
         self._asked_budgets = budgets
@@ -402,14 +403,27 @@ class Engine:
         return weights_summary(self.spec, codec)
 
     def _sizes(self, codec: str) -> ModelSizes:
-        dtype, form = self.dtype, compressed(codec)
-        if (dtype, codec) not in self._sizes_in:
-            self._sizes_in[dtype, codec] = model_sizes(
+        dtype, form, decodes = self.dtype, compressed(codec), self._decodes(codec)
+        if (dtype, codec, decodes) not in self._sizes_in:
+            self._sizes_in[dtype, codec, decodes] = model_sizes(
                 self.spec,
-                lambda tensor: self._source.size(tensor, dtype, form),
+                lambda tensor: self._source.size(tensor, dtype, form, decodes=decodes),
                 VALUE_BYTES[dtype],
             )
-        return self._sizes_in[dtype, codec]
+        return self._sizes_in[dtype, codec, decodes]
+
+    def _decodes(self, codec: str) -> bool:
+        """Whether weights that are packed so are ever decoded.
+
+        Before the backend is open the answer is no, since it may multiply with them.
+        """
+        if not hasattr(self, "backend"):
+            return False
+        if not isinstance(self.backend, MultipliesPacked):
+            return True
+        from flexport.torch_ops import torch_dtype
+
+        return not self.backend.multiplies(codec, torch_dtype(self.dtype), sys.maxsize)
 
     def _unload(self) -> None:
         """Give the weights back, and all that was made on disk."""

@@ -66,8 +66,18 @@ class Source:
         """How `files` store a tensor: its own or made up ones, and those that are packed as `form`."""
         return find(tensor, files, self.packing, form).placed(files)
 
-    def size(self, tensor: TensorSpec, dtype: str, form: Compressed | None = None) -> TensorSize:
-        """What a tensor takes where, if `dtype` is computed in and it is packed as `form`."""
+    def size(
+        self,
+        tensor: TensorSpec,
+        dtype: str,
+        form: Compressed | None = None,
+        *,
+        decodes: bool = True,
+    ) -> TensorSize:
+        """What a tensor takes where, if `dtype` is computed in and it is packed as `form`.
+
+        `decodes` is whether what is packed so is ever decoded.
+        """
         decoded_bytes = tensor.num_values * VALUE_BYTES[dtype]
         layout = None if form is None else packed_layout(tensor, form)
         if layout is not None:
@@ -75,7 +85,7 @@ class Source:
             return TensorSize(
                 disk_bytes=num_bytes,
                 near_bytes=num_bytes,
-                scratch_bytes=decoded_bytes,
+                scratch_bytes=decoded_bytes if decodes else 0,
                 rows_per_cut=layout.rows_per_cut,
             )
         if self.files is None:

@@ -118,13 +118,14 @@ class ModelWeights:
             self._window = ExpertWindow(self._store, num_bytes, decoded)
 
     def staging_bytes(self, layer: int, *, on_host: bool = False) -> tuple[int, int]:
-        """Device and host bytes that fetching the layer takes, decoded copies included.
+        """Device and host bytes that fetching the layer takes.
 
-        Experts are not in it: they have memory of their own. With `on_host`, the CPU multiplies
-        with what it can.
+        Decoded copies are not in it, which are made when it is computed with, one layer at a time;
+        nor are experts, which have memory of their own. With `on_host`, the CPU multiplies with what
+        it can.
         """
         moving = self.moving(self._streamed(layer, on_host))
-        return moving.device_bytes + moving.decoded_bytes, moving.host_bytes
+        return moving.device_bytes, moving.host_bytes
 
     def fetch(self, layer: int, host: HostCompute | None = None, num_tokens: int = 1) -> LayerLease:
         """Start streaming a layer; given a CPU, without what that multiplies with.
@@ -570,6 +571,11 @@ class LayerLease:
         """Rows of a table; those of a tied token table are the head's."""
         shared = part == "tokens" and self._model.spec.tied_head
         return self._model.rows("head.weight" if shared else f"{part}.weight", ids_T)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What decoded copies take now, those of experts left out."""
+        return sum(buffer.num_bytes for buffer in self._decoded)
 
     def release(self) -> None:
         """The sweep has left this layer."""
