@@ -108,7 +108,7 @@ def quantise_groups(
     _check(values_RD, bits, group)
     levels = affine.Levels(bits)
     num_rows, size = values_RD.shape
-    codes_RD = torch.empty_like(values_RD, dtype=torch.uint8)
+    codes_RD = values_RD.new_empty(values_RD.shape, dtype=torch.uint8)
     scales_RP = values_RD.new_empty((num_rows, -(-size // group)), dtype=torch.bfloat16)
     zeros_RP = torch.empty_like(scales_RP)
     most = min(num_rows, _rows_at_once(size)) * size
@@ -153,7 +153,7 @@ def quantise_rows(values_RD: Tensor) -> tuple[Tensor, Tensor]:
     Raises ValueError if a weight is not finite.
     """
     _check_dtype(values_RD)
-    codes_RD = torch.empty_like(values_RD, dtype=torch.int8)
+    codes_RD = values_RD.new_empty(values_RD.shape, dtype=torch.int8)
     scales_R = values_RD.new_empty(len(values_RD), dtype=torch.float32)
     for rows in _row_ranges(*values_RD.shape):
         some_RD = values_RD[rows].float()

@@ -278,6 +278,11 @@ def test_a_matrix_need_not_lie_in_one_piece(method):
 
     assert same(made, quantise_groups(values_RD.contiguous(), bits=4, method=method))
     assert torch.equal(wide_RD[1::2, 10:160], decoded(made))
+    turned_RD = values_RD.t().contiguous().t()
+    assert same(made, quantise_groups(turned_RD, bits=4, method=method))
+    # Whoever packs codes may count on their order in memory.
+    assert quantise_groups(turned_RD, bits=4, method=method).codes_RD.is_contiguous()
+    assert quantise_rows(turned_RD)[0].is_contiguous()
 
 
 @pytest.mark.parametrize("method", METHODS)
