@@ -40,7 +40,7 @@ def encode(values_RD: Tensor, group: int) -> tuple[Tensor, Tensor]:
     codes_BID = functional.pad(quantised.codes_RD, (0, 0, 0, padding)).view(tiles, TILE_ROWS, -1)
     low_BCD, high_BCD = codes_BID.chunk(2, 1)
     codes_BDC = (low_BCD | high_BCD << 4).transpose(1, 2).contiguous()
-    pairs_RG2 = torch.stack([quantised.scales_RG, quantised.zeros_RG], -1)
+    pairs_RG2 = torch.stack([quantised.scales_RP, quantised.zeros_RP], -1)
     pairs_BIG2 = functional.pad(pairs_RG2, (0, 0, 0, 0, 0, padding)).unflatten(
         0, (tiles, TILE_ROWS)
     )
