@@ -103,7 +103,7 @@ def test_scores_come_as_rows_end_and_a_job_may_be_left_in_the_middle(reference, 
     ) as llm:  # fmt: skip
         early = llm.engine.score(pairs, through_cache=True)
         index, first = next(early)
-        early.close()
+        early.close()  # type: ignore[attr-defined]  # it is a generator
         scores = llm.score(pairs, through_cache=True)
 
     assert scores[index] == pytest.approx(first, abs=TOLERANCE)
