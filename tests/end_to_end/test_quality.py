@@ -16,6 +16,7 @@ from flexport import demo
 from flexport.apps.batch import Quiet
 from flexport.apps.quality import Codecs, compare, text_prefix, windows
 from flexport.cli.main import main
+from flexport.policy import Policy, Split
 
 TEXT = (
     "What a window leaves out, the next one reads: 1, 2, 3; and so on, as far as a text goes. " * 3
@@ -75,6 +76,24 @@ def test_perplexity_is_that_of_transformers_window_by_window(
     assert (line["weight_bits"], line["cache_bits"]) == (pytest.approx(32, rel=0.01), 32)
     assert (result["num_tokens"], result["num_windows"]) == (len(ids), len(pairs))
     assert "demo" not in line
+
+
+def test_a_policy_file_says_where_things_live(reference, nothing_left, tmp_path, capsys):
+    text, path = tmp_path / "text.txt", tmp_path / "policy.json"
+    text.write_text(TEXT)
+    policy = Policy(weights=Split(device=0.0, disk=1.0), batch_size=3)
+    path.write_text(policy.to_json())
+
+    result = quality(
+        capsys, "--model", str(reference().directory), "--text", str(text), "--policy", str(path),
+        "--codecs", "none,none", "--max-tokens", "50", "--device-memory", "64MiB",
+        "--offload-dir", str(nothing_left),
+    )  # fmt: skip
+
+    (line,) = result["codecs"]
+    assert line["policy"] == policy.to_dict()
+    assert line["moved_bytes"]["disk_to_host"] > 0
+    assert result["num_tokens"] == 50
 
 
 def test_weights_that_are_rounded_are_seen_to_be(reference, tmp_path):

@@ -28,7 +28,6 @@ from flexport.cli.main import main
 from flexport.engine.scoring import Score
 from flexport.errors import RunError, UsageError
 from flexport.models import spec_of
-from flexport.policy import Policy
 
 PAIRS = [((9,), (1, 2)), ((9, 1, 2), (3,)), ((2, 3), (4,))]
 INT4 = Codecs(weights="int4")
@@ -274,15 +273,3 @@ def test_a_text_with_nothing_to_read_is_refused(raw, words, tmp_path, capsys, mo
 
     assert codes == [2, 2]
     assert capsys.readouterr().err.count(words) == 2
-
-
-def test_a_policy_file_says_all_but_the_codecs(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "policy.json"
-    path.write_text(Policy(batch_size=3).to_json())
-    packed = {**Policy().to_dict(), "compress_cache": "int4"}
-    monkeypatch.setattr(Policy, "to_dict", lambda policy: packed)
-
-    code = main(["quality", "--policy", str(path)])
-
-    assert code == 2
-    assert "takes codecs from --codecs" in capsys.readouterr().err
