@@ -36,7 +36,7 @@ NO_COLUMN = -1
 """Where a row keeps fewer columns than another one."""
 
 _SLACK = 1e-9
-"""A tenth of 30 columns is 3, though 0.1 * 30 may come out a little above it."""
+"""Seven hundredths of 100 columns are 7, though 0.07 * 100 comes out a little above it."""
 
 
 def sparse_attention(
@@ -107,12 +107,14 @@ def take_values(values_NKGE: Sequence[Tensor], columns_NKJ: Tensor) -> Tensor:
 
 
 def weighted_sum(weights_NHM: Tensor, columns_NKJ: Tensor, values_NKJE: Tensor) -> Tensor:
-    """The chosen columns' values by their weights, (N, H, E) in the values' dtype."""
+    """The chosen columns' values by their weights, (N, H, E) in the values' dtype.
+
+    For NO_COLUMN there must be zeros among the values.
+    """
     num_kv_heads = columns_NKJ.shape[1]
     weights_NKQM = weights_NHM.unflatten(1, (num_kv_heads, -1))
-    columns_NK1J = columns_NKJ.unsqueeze(2)
-    places_NKQJ = columns_NK1J.clamp_min(0).expand(-1, -1, weights_NKQM.shape[2], -1)
-    chosen_NKQJ = weights_NKQM.gather(3, places_NKQJ).masked_fill(columns_NK1J == NO_COLUMN, 0)
+    places_NK1J = columns_NKJ.clamp_min(0).unsqueeze(2)
+    chosen_NKQJ = weights_NKQM.gather(3, places_NK1J.expand(-1, -1, weights_NKQM.shape[2], -1))
     return torch.matmul(chosen_NKQJ.to(values_NKJE.dtype), values_NKJE).flatten(1, 2)
 
 

@@ -169,6 +169,7 @@ def test_no_value_is_read_that_was_not_chosen():
         (1.0, 7, 7),
         (0.7, 10, 7),
         (0.29, 100, 29),
+        (0.07, 100, 7),
     ],
 )
 def test_a_share_is_rounded_up_and_nothing_is_added_by_binary_fractions(share, seen, kept):
