@@ -18,7 +18,7 @@ from flexport.errors import CheckpointError
 from flexport.records import FileTensor
 from flexport.units import format_bytes
 
-__all__ = ["FLOAT_DTYPES", "read_header", "refusal"]
+__all__ = ["FLOAT_DTYPES", "FORMAT_NAMES", "read_header", "refusal"]
 
 FLOAT_DTYPES: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 """What a weight may be stored as."""
@@ -38,6 +38,9 @@ _DTYPES: Final = {
 Names that are not here are kept as they are, with sizes unchecked: a file may hold tensors that
 nobody asks for.
 """
+
+FORMAT_NAMES: Final = {ours: (name, num_bytes) for name, (ours, num_bytes) in _DTYPES.items()}
+"""By torch's names, the format's and the bytes of a value."""
 
 _MAX_LISTED = 20
 _LFS_POINTER = b"version https://git-lfs"

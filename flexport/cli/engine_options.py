@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flexport.errors import UsageError
-from flexport.policy import Policy
+from flexport.policy import WEIGHT_CODECS, Policy
 from flexport.units import parse_bytes
 
 __all__ = ["add_engine_arguments", "engine_settings", "positive"]
@@ -20,7 +20,7 @@ __all__ = ["add_engine_arguments", "engine_settings", "positive"]
 _SHARES = ("WD", "WH", "KD", "KH", "AD", "AH")
 
 _BLOCK_OPTIONS = ("batch_size", "num_batches", "prefill_tokens", "sweep_tokens")
-_POLICY_OPTIONS = ("percent", *_BLOCK_OPTIONS, "cpu_attention")
+_POLICY_OPTIONS = ("percent", *_BLOCK_OPTIONS, "cpu_attention", "compress_weights")
 _SETTINGS = (
     "model",
     "revision",
@@ -117,6 +117,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="attend on the CPU over the cache that is not on the device, so that queries and "
         "results cross the link in its place; auto: where that is predicted to be faster "
         "(default: auto)",
+    )
+    plan.add_argument(
+        "--compress-weights",
+        choices=WEIGHT_CODECS,
+        metavar="none|int8|int4|int4:GROUP",
+        help="pack the matrices of the decoder layers, where they rest and where they travel, in 8 "
+        "bits (a scale a row) or in 4 (a scale and a zero for each 64 features, or GROUP: 32, 64, "
+        "128, 256); made once and kept, see `flexport pack` (default: none)",
     )
 
     budgets = parser.add_argument_group(

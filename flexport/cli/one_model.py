@@ -55,7 +55,7 @@ def _checkpoint(source: Source) -> dict[str, Any]:
         "complete": True,
         "num_bytes": sum(file.num_bytes for file in source.files.values()),
         "dtype": source.file_dtype,
-        "packing": source.packing.kind,
+        "packing": "none" if source.packing is None else source.packing.name,
     }
 
 

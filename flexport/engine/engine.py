@@ -18,7 +18,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flexport.backend import Backend, Capabilities
+from flexport.codecs.compressed import compressed
 from flexport.engine.attempts import forget, joined, retry
+from flexport.engine.compression import weights_summary
 from flexport.engine.in_flight import InFlight
 from flexport.engine.limits import default_budgets, dtype_for
 from flexport.engine.plan import Plan, model_sizes
@@ -82,8 +84,9 @@ class Engine:
         when is written to `trace`, a Chrome trace.
         """
         self._source = open_source(model, revision, load_format)
-        self._sizes_in: dict[str, ModelSizes] = {}
-        """By dtype computed in: half a second's work where there are 50,000 experts."""
+        self._sizes_in: dict[tuple[str, str], ModelSizes] = {}
+        """By dtype computed in and how weights are compressed: half a second's work where there are
+        50,000 experts."""
         self.spec = self._source.spec
         self._asked_dtype = dtype
         self._asked_budgets = budgets
@@ -357,7 +360,7 @@ class Engine:
             policy
             or self._policy
             or choose(
-                self._sizes,
+                self._sizes(choice.compress_weights or "none"),
                 job,
                 self.budgets,
                 page_tokens=preferred,
@@ -384,23 +387,41 @@ class Engine:
             needs=needs,
             budgets=self.budgets,
             page_tokens=page_tokens_for(policy, preferred),
-            stream_bytes=round(policy.weights.disk * self._sizes.stream_bytes),
+            stream_bytes=round(
+                policy.weights.disk * self._sizes(policy.compress_weights).stream_bytes
+            ),
+            compression={"weights": self._weights_summary(policy.compress_weights)},
         )
 
     def _footprint(self, job: JobSizes, policy: Policy) -> Footprint:
         facts = self._facts
         return footprint(
-            self._sizes, job, policy, facts.page_tokens, facts.unified, facts.addressable
+            self._sizes(policy.compress_weights),
+            job,
+            policy,
+            facts.page_tokens,
+            facts.unified,
+            facts.addressable,
         )
 
-    @property
-    def _sizes(self) -> ModelSizes:
-        dtype = self.dtype
-        if dtype not in self._sizes_in:
-            self._sizes_in[dtype] = model_sizes(
-                self.spec, lambda tensor: self._source.size(tensor, dtype), VALUE_BYTES[dtype]
+    def _weights_summary(self, codec: str) -> dict[str, Any]:
+        form = compressed(codec)
+        if form is not None and self._source.packing is not None:
+            raise PolicyError(
+                f"--compress-weights {codec}: the weights of {self.model_name} are packed already, as "
+                f"{self._source.packing.name}, and run as they are; leave --compress-weights out"
             )
-        return self._sizes_in[dtype]
+        return weights_summary(self.spec, form)
+
+    def _sizes(self, codec: str) -> ModelSizes:
+        dtype, form = self.dtype, compressed(codec)
+        if (dtype, codec) not in self._sizes_in:
+            self._sizes_in[dtype, codec] = model_sizes(
+                self.spec,
+                lambda tensor: self._source.size(tensor, dtype, form),
+                VALUE_BYTES[dtype],
+            )
+        return self._sizes_in[dtype, codec]
 
     def _unload(self) -> None:
         """Give the weights back, and all that was made on disk."""

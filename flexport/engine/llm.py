@@ -47,6 +47,7 @@ class LLM:
         prefill_tokens: int | None = None,
         sweep_tokens: int | None = None,
         cpu_attention: Literal["auto", "on", "off"] = "auto",
+        compress_weights: str | None = None,
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
@@ -58,6 +59,9 @@ class LLM:
         """Sizes are bytes or text such as "14GiB"; without `model` it is the embedded demo.
 
         `backend` is a registered name, or an open backend, which stays the caller's to close.
+
+        `compress_weights` is one of `flexport.policy.WEIGHT_CODECS`; None is "none", or what the
+        policy says.
 
         `on_plan` is called with each plan before anything of it is done; `trace` is a file for
         what every lane does when, in the Chrome trace format. Raises UsageError, or
@@ -75,6 +79,7 @@ class LLM:
             prefill_tokens=prefill_tokens,
             sweep_tokens=sweep_tokens,
             cpu_attention=_switch("cpu_attention", cpu_attention),
+            compress_weights=compress_weights,
         )
         if policy != "auto" and choice != Choice():
             raise PolicyError(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flexport.codecs import fp8, mxfp4
 from flexport.engine.stored import Stored
 from flexport.models.spec import ModelSpec, TensorSpec, is_projection, owned_tensors
 from flexport.planner.footprint import layer_splits
@@ -64,7 +63,7 @@ class Shard:
     def runs(self) -> tuple[FileRun, ...]:
         """Where its bytes lie, part by part."""
         runs = []
-        for part, file in zip(self.stored.parts, self.stored.files, strict=True):
+        for part, file in zip(self.stored.layout.parts, self.stored.files, strict=True):
             first, last = part.lines(self.begin, self.end)
             line_bytes = file.num_bytes // part.shape[0]
             runs.append(
@@ -89,7 +88,7 @@ class Shard:
     def part_shapes(self) -> list[tuple[tuple[int, ...], str]]:
         """Shape and dtype of its lines of each part."""
         shapes = []
-        for part, file in zip(self.stored.parts, self.stored.files, strict=True):
+        for part, file in zip(self.stored.layout.parts, self.stored.files, strict=True):
             first, last = part.lines(self.begin, self.end)
             shapes.append(((last - first, *part.shape[1:]), file.dtype))
         return shapes
@@ -120,7 +119,7 @@ def place_weights(
         ordered = sorted(found, key=lambda each: each.tensor.kind not in ("norm", "bias"))
         if projections_on_host:
             ordered = _with_projections_after(ordered, own.device)
-        cuts = [-(-each.shape[0] // each.rows_per_cut) for each in ordered]
+        cuts = [-(-each.shape[0] // each.layout.rows_per_cut) for each in ordered]
         parts = dealer.cut(
             [(num, each.num_bytes // num) for num, each in zip(cuts, ordered, strict=True)]
         )
@@ -128,8 +127,8 @@ def place_weights(
             [
                 Shard(
                     stored=each,
-                    begin=part.begin * each.rows_per_cut,
-                    end=min(part.end * each.rows_per_cut, each.shape[0]),
+                    begin=part.begin * each.layout.rows_per_cut,
+                    end=min(part.end * each.layout.rows_per_cut, each.shape[0]),
                     tier=part.tier,
                 )
                 for part in parts
@@ -192,11 +191,6 @@ class Bundle:
 
 
 def decode(shard: Shard, parts: Sequence[Tensor], out_RD: Tensor) -> Tensor:
-    """Fill out_RD with the shard's numbers, in its dtype; returns it."""
-    packing = shard.stored.packing
-    if packing.kind == "mxfp4":
-        return mxfp4.decode(parts[0], parts[1], out_RD)
-    if packing.kind == "fp8":
-        numbers_RD, scales = parts
-        return fp8.decode_blocks(numbers_RD, scales, out_RD, block=packing.block, begin=shard.begin)
-    return out_RD.copy_(parts[0])
+    """The shard's numbers in out_RD's memory and dtype; a packed one's may lie in another order."""
+    packing = shard.stored.format
+    return out_RD.copy_(parts[0]) if packing is None else packing.decode(parts, out_RD, shard.begin)

@@ -17,8 +17,11 @@ from flexport.checkpoint.directory import (
     same_values,
     unexpected,
 )
+from flexport.codecs.compressed import Compressed
+from flexport.codecs.layout import Format
+from flexport.codecs.published import format_of
 from flexport.demo import MODEL_DIR
-from flexport.engine.stored import PLAIN, Packing, Stored, TensorSize, find, read_packing
+from flexport.engine.stored import Stored, TensorSize, find, in_file, packed_layout
 from flexport.errors import CheckpointError, UnsupportedModel
 from flexport.models import ModelSpec, known_config, known_names, spec_of
 from flexport.models.spec import Layer, TensorSpec, layer_tensors, owned_tensors
@@ -51,16 +54,30 @@ class Source:
     """Where each tensor lies; None if the weights have to be made up first."""
     directory: Path | None
     """Where the tokenizer is."""
-    packing: Packing = PLAIN
+    packing: Format | None = None
     """How the checkpoint packs its matrices, if it does."""
 
-    def stored(self, tensor: TensorSpec, files: Mapping[str, FileTensor]) -> Stored:
-        """How `files`, its own or made up ones, store a tensor."""
-        return find(tensor, files, self.packing).placed(files)
+    def stored(
+        self,
+        tensor: TensorSpec,
+        files: Mapping[str, FileTensor],
+        form: Compressed | None = None,
+    ) -> Stored:
+        """How `files` store a tensor: its own or made up ones, and those that are packed as `form`."""
+        return find(tensor, files, self.packing, form).placed(files)
 
-    def size(self, tensor: TensorSpec, dtype: str) -> TensorSize:
-        """What a tensor takes where, if `dtype` is computed in."""
+    def size(self, tensor: TensorSpec, dtype: str, form: Compressed | None = None) -> TensorSize:
+        """What a tensor takes where, if `dtype` is computed in and it is packed as `form`."""
         decoded_bytes = tensor.num_values * VALUE_BYTES[dtype]
+        layout = None if form is None else packed_layout(tensor, form)
+        if layout is not None:
+            num_bytes = layout.num_bytes
+            return TensorSize(
+                disk_bytes=num_bytes,
+                near_bytes=num_bytes,
+                scratch_bytes=decoded_bytes,
+                rows_per_cut=layout.rows_per_cut,
+            )
         if self.files is None:
             return TensorSize(disk_bytes=decoded_bytes, near_bytes=decoded_bytes)
         stored = self.stored(tensor, self.files)
@@ -69,6 +86,7 @@ class Source:
                 disk_bytes=stored.num_bytes,
                 near_bytes=stored.num_bytes,
                 scratch_bytes=decoded_bytes,
+                rows_per_cut=stored.layout.rows_per_cut,
             )
         near_bytes = stored.num_bytes if stored.is_exact else decoded_bytes
         return TensorSize(disk_bytes=stored.num_bytes, near_bytes=near_bytes)
@@ -131,12 +149,12 @@ def open_source(
         return _dummy(model)
     checkpoint = open_checkpoint(str(MODEL_DIR) if model is None else model, revision)
     spec = _as_tied(spec_of(checkpoint.config, checkpoint.generation_config), checkpoint)
-    packing = read_packing(checkpoint.config)
+    packing = format_of(checkpoint.config)
     wanted: dict[str, Wanted] = {}
     for layer in range(spec.num_schedule_layers):
         for tensor in owned_tensors(spec, layer):
-            for part in find(tensor, checkpoint.tensors, packing).parts:
-                wanted[part.name] = Wanted(shape=part.in_file(tensor), dtypes=part.dtypes)
+            for part in find(tensor, checkpoint.tensors, packing).layout.parts:
+                wanted[part.name] = Wanted(shape=in_file(part, tensor), dtypes=part.dtypes)
     files = require(checkpoint, wanted)
     others = unexpected(checkpoint, wanted)
     _tell_of(checkpoint, [name for name in others if name.startswith(spec.unused)])

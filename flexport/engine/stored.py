@@ -1,55 +1,25 @@
-"""How a model's tensors lie in files: as plain numbers, or packed in two parts.
+"""How a model's tensors lie in files: as plain numbers, or packed in several parts.
 
-Some checkpoints are published packed. Their bytes are read in place like any other's, rest and
-travel packed, and become numbers where they are computed with: once a layer and sweep.
+Packed bytes are read in place like any other's, rest and travel packed, and become numbers where
+they are computed with: once a layer and sweep.
 
 Torch is not imported here, so that a checkpoint can be looked at, and refused, at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
-from flexport.errors import UnsupportedModel
+from flexport.codecs.compressed import Compressed
+from flexport.codecs.layout import Format, Layout, Part
 from flexport.models.spec import TensorSpec
 from flexport.records import FileTensor
 
-__all__ = ["Packing", "Part", "Stored", "TensorSize", "find", "read_packing"]
+__all__ = ["Stored", "TensorSize", "find", "in_file", "packed_layout", "packed_name"]
 
-
-MXFP4_VALUES = 32
-"""Numbers that share a scale, two of them a byte."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """What a checkpoint's config says of packed tensors."""
-
-    kind: Literal["none", "mxfp4", "fp8"] = "none"
-    block: tuple[int, int] = (1, 1)
-    """Of FP8: rows and columns that share a scale."""
-
-
-PLAIN = Packing()
-
-
-def read_packing(config: Mapping[str, Any]) -> Packing:
-    """The packing of a checkpoint; raises UnsupportedModel, naming what flexport can't decode."""
-    asked = config.get("quantization_config")
-    if not asked:
-        return PLAIN
-    method = asked.get("quant_method")
-    if method == "mxfp4":
-        return Packing(kind="mxfp4")
-    if method == "fp8" and asked.get("weight_block_size"):
-        rows, columns = asked["weight_block_size"]
-        return Packing(kind="fp8", block=(rows, columns))
-    raise UnsupportedModel(
-        f"quantization_config: quant_method is {method!r}; flexport can run plain weights, mxfp4, "
-        "and fp8 with a weight_block_size"
-    )
+_ENDS = frozenset({"head.weight", "project_in.weight", "project_out.weight"})
+"""Matrices of the first and the last layer, which every token's error would pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +31,8 @@ class TensorSize:
     """Where it stays near the device: decoded, or packed as it is."""
     scratch_bytes: int = 0
     """Of a packed one, the numbers that it becomes wherever it is computed with."""
+    rows_per_cut: int = 1
+    """It can be cut between so many rows only."""
 
     @classmethod
     def plain(cls, tensor: TensorSpec, file_item_bytes: int, item_bytes: int) -> TensorSize:
@@ -72,43 +44,22 @@ class TensorSize:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One of the file's tensors that a tensor consists of."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Without the dimension of the tensor's `slice_of`."""
-    dtypes: frozenset[str] | None = None
-    """What it may be stored as; None is any float."""
-    rows_per_line: int = 1
-    """Rows of the tensor that one line of the part belongs to."""
-
-    def in_file(self, tensor: TensorSpec) -> tuple[int, ...]:
-        """The shape of the file's tensor."""
-        if tensor.row is not None:
-            return self.shape[1:]
-        return self.shape if tensor.slice_of is None else (tensor.slice_of[1], *self.shape)
-
-    def lines(self, begin: int, end: int) -> tuple[int, int]:
-        """The part's lines for rows begin .. end-1."""
-        return begin // self.rows_per_line, -(-end // self.rows_per_line)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One tensor as it is in a checkpoint: its parts, and their files once these are known."""
+    """One tensor as it is in a checkpoint, and where once its files are known."""
 
     tensor: TensorSpec
-    parts: tuple[Part, ...]
-    shape: tuple[int, ...]
-    """Of the numbers, in the order in which they lie."""
-    packing: Packing = PLAIN
+    layout: Layout
+    format: Format | None = None
+    """None: plain numbers."""
     files: tuple[FileTensor, ...] = ()
+    """Of each part."""
+    slice_of: tuple[int, int] | None = None
+    """(i, n): its parts are the i-th of the n slices of the file's tensors."""
 
     @property
     def is_packed(self) -> bool:
         """Whether its bytes have to be decoded to be computed with."""
-        return self.packing.kind != "none"
+        return self.format is not None
 
     @property
     def is_exact(self) -> bool:
@@ -116,14 +67,14 @@ class Stored:
         return self.tensor.exact and not self.is_packed
 
     @property
-    def transposed(self) -> bool:
-        """A matrix that lies as (features in, features out)."""
-        return self.tensor.transposed and self.packing.kind != "mxfp4"
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers, in the order in which they lie."""
+        return self.layout.shape
 
     @property
-    def rows_per_cut(self) -> int:
-        """It can be cut between so many rows only."""
-        return max(part.rows_per_line for part in self.parts)
+    def transposed(self) -> bool:
+        """A matrix that lies as (features in, features out)."""
+        return self.layout.transposed
 
     @property
     def num_bytes(self) -> int:
@@ -132,54 +83,74 @@ class Stored:
 
     def placed(self, files: Mapping[str, FileTensor]) -> Stored:
         """The same, with where its parts lie."""
-        return replace(
-            self, files=tuple(_own(files[part.name], part, self.tensor) for part in self.parts)
-        )
+        own = tuple(_own(files[part.name], part, self.slice_of) for part in self.layout.parts)
+        return replace(self, files=own)
 
 
-def find(tensor: TensorSpec, names: Mapping[str, FileTensor], packing: Packing) -> Stored:
-    """How a checkpoint with these tensors stores `tensor`; as plain numbers if it has none of it."""
-    rows, *rest = tensor.shape
-    for name in tensor.names:
-        if packing.kind == "mxfp4" and f"{name}_blocks" in names and tensor.kind == "matrix":
-            rows, size = tensor.shape[::-1] if tensor.transposed else tensor.shape
-            groups, uint8 = size // MXFP4_VALUES, frozenset({"uint8"})
-            return Stored(
-                tensor=tensor,
-                parts=(
-                    Part(
-                        name=f"{name}_blocks",
-                        shape=(rows, groups, MXFP4_VALUES // 2),
-                        dtypes=uint8,
-                    ),
-                    Part(name=f"{name}_scales", shape=(rows, groups), dtypes=uint8),
-                ),
-                shape=(rows, size),
-                packing=packing,
-            )
-        scales = f"{name}_scale_inv"
-        if packing.kind == "fp8" and scales in names and tensor.kind in ("matrix", "operand"):
-            block_rows, block_columns = packing.block
-            lines = (-(-rows // block_rows), -(-rest[0] // block_columns))
-            return Stored(
-                tensor=tensor,
-                parts=(
-                    Part(name=name, shape=tensor.shape, dtypes=frozenset({"float8_e4m3fn"})),
-                    Part(name=scales, shape=lines, rows_per_line=block_rows),
-                ),
-                shape=tensor.shape,
-                packing=packing,
-            )
-        if name in names:
-            break
-    else:
-        name = tensor.names[0]
-    return Stored(tensor=tensor, parts=(Part(name=name, shape=tensor.shape),), shape=tensor.shape)
+def find(
+    tensor: TensorSpec,
+    names: Container[str],
+    packing: Format | None,
+    form: Compressed | None = None,
+) -> Stored:
+    """How files with these names store `tensor`; as plain numbers if they have none of it.
+
+    `packing` is the checkpoint's own, `form` that in which flexport has packed it, if it has.
+    """
+    if form is not None and (made := packed_layout(tensor, form, names)) is not None:
+        return Stored(tensor=tensor, layout=made, format=form)
+    if packing is not None and tensor.kind in ("matrix", "operand"):
+        rows, features = tensor.shape
+        for name in tensor.names:
+            layout = packing.layout(name, (rows, features), names, transposed=tensor.transposed)
+            if layout is not None:
+                return Stored(
+                    tensor=tensor, layout=layout, format=packing, slice_of=tensor.slice_of
+                )
+    name = next((name for name in tensor.names if name in names), tensor.names[0])
+    plain = Part(name=name, shape=tensor.shape)
+    layout = Layout(parts=(plain,), shape=tensor.shape, transposed=tensor.transposed)
+    return Stored(tensor=tensor, layout=layout, slice_of=tensor.slice_of)
 
 
-def _own(file: FileTensor, part: Part, tensor: TensorSpec) -> FileTensor:
+def packed_name(tensor: TensorSpec) -> str:
+    """What flexport calls a tensor that it has packed, in its own files."""
+    suffix = f".{tensor.slice_of[0]}" if tensor.slice_of is not None else ""
+    return tensor.names[0] + suffix
+
+
+class _Every:
+    """The names of files that are still to be made."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+EVERY = _Every()
+
+
+def packed_layout(
+    tensor: TensorSpec, form: Compressed, names: Container[str] = EVERY
+) -> Layout | None:
+    """How a tensor lies that flexport packs, in files with these names; None if it stays as it is."""
+    if tensor.kind != "matrix" or tensor.slot in _ENDS:
+        return None
+    first, second = tensor.shape
+    if not form.fits((second, first) if tensor.transposed else (first, second)):
+        return None
+    return form.layout(packed_name(tensor), (first, second), names, transposed=tensor.transposed)
+
+
+def in_file(part: Part, tensor: TensorSpec) -> tuple[int, ...]:
+    """The shape of the file's tensor, of which the part may be a slice or which may be its row."""
+    if tensor.row is not None:
+        return part.shape[1:]
+    return part.shape if tensor.slice_of is None else (tensor.slice_of[1], *part.shape)
+
+
+def _own(file: FileTensor, part: Part, slice_of: tuple[int, int] | None) -> FileTensor:
     """The part's bytes, which may be a slice of the file's tensor, in the part's own shape."""
-    index, num_slices = tensor.slice_of or (0, 1)
+    index, num_slices = slice_of or (0, 1)
     num_bytes = file.num_bytes // num_slices
     return replace(
         file,

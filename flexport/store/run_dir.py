@@ -25,12 +25,12 @@ from pathlib import Path
 from types import TracebackType
 
 from flexport.errors import StorageError, UsageError
+from flexport.locks import try_lock
 
 __all__ = ["RunDir"]
 
 _NAME = re.compile(r"flexport-run-\d+-[0-9a-f]{16}")
 _LOCK = "lock"
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 _TRIES = 100
 """Each try fails only if a sweeper hits the moment between two system calls."""
 
@@ -160,18 +160,7 @@ def _remove(path: Path, lock_fd: int) -> None:
 
 def _lock(lock_fd: int, path: Path) -> bool:
     """Lock the file without waiting; whether we hold it and it is still the directory's own."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(lock_fd, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            raise
+    if not try_lock(lock_fd):
         return False
     try:
         return os.path.samestat(os.fstat(lock_fd), (path / _LOCK).stat())
