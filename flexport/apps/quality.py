@@ -20,6 +20,7 @@ from flexport.apps.batch import Generator, Progress
 from flexport.apps.demo import mark
 from flexport.errors import RunError, UsageError
 from flexport.models.spec import ModelSpec, num_parameters
+from flexport.policy import WEIGHT_CODECS
 from flexport.tokenizer import Tokenizer
 from flexport.units import VALUE_BYTES
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from flexport.engine.scoring import Score
 
 __all__ = [
-    "CODECS",
+    "CACHE_CODECS",
     "EXACT",
     "Codecs",
     "Compared",
@@ -43,7 +44,7 @@ __all__ = [
     "windows",
 ]
 
-CODECS = ("none", "int8", "int4")
+CACHE_CODECS = ("none", "int8", "int4")
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Tokens that are only looked back at, and the tokens after them, which are scored."""
@@ -59,13 +60,13 @@ class Codecs:
     @classmethod
     def parse(cls, text: str) -> Codecs:
         """The pair of "int4,none". Raises ValueError."""
-        names = text.split(",")
-        if len(names) != 2 or not set(names) <= set(CODECS):
+        weights, _, cache = text.partition(",")
+        if weights not in WEIGHT_CODECS or cache not in CACHE_CODECS:
             raise ValueError(
-                f"{text!r} is not a pair of codecs; write WEIGHTS,CACHE, each of them "
-                f"{', '.join(CODECS)}, e.g. int4,none"
+                f"{text!r} is not a pair of codecs; write WEIGHTS,CACHE, e.g. int4,none: weights are "
+                f"{', '.join(WEIGHT_CODECS)}, and the KV cache {', '.join(CACHE_CODECS)}"
             )
-        return cls(weights=names[0], cache=names[1])
+        return cls(weights=weights, cache=cache)
 
     def __str__(self) -> str:
         return f"{self.weights},{self.cache}"
@@ -220,8 +221,8 @@ def _weight_bits(report: Mapping[str, Any], spec: ModelSpec) -> float:
 
 def _packed_bits(report: Mapping[str, Any], kind: str) -> float | None:
     """The bits that a report tells of a codec, if there is one."""
-    told = report.get("compression", {}).get(kind)
-    return float(told["bits"]) if told else None
+    told: float | None = report.get("compression", {}).get(kind, {}).get("bits")
+    return told
 
 
 # ---- comparing

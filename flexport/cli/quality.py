@@ -54,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_codecs,
         metavar="WEIGHTS,CACHE",
         default=[Codecs.parse(pair) for pair in _DEFAULT_CODECS],
-        help="what weights and KV cache are packed as, each none, int8 or int4; none,none, which "
-        f"all are compared with, comes first in any case (default: {' '.join(_DEFAULT_CODECS)})",
+        help="what weights and KV cache are packed as, pair by pair, in the words of "
+        "--compress-weights and --compress-cache; none,none, which all are compared with, comes first "
+        f"in any case (default: {' '.join(_DEFAULT_CODECS)})",
     )
     work.add_argument(
         "--text",
@@ -206,6 +207,8 @@ def _line(found: Compared) -> dict[str, Any]:
         "moved_bytes": own.report["moved_bytes"],
         "peak_bytes": own.report["peak_bytes"],
         "policy": own.report["policy"],
+        "placement": own.report["placement"],
+        "compression": own.report.get("compression"),
         **({} if marks is None else {"demo": asdict(marks)}),
     }
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import flexport
 from flexport import demo
-from flexport.apps.batch import Quiet
-from flexport.apps.quality import Codecs, compare, text_prefix, windows
+from flexport.apps.quality import text_prefix, windows
 from flexport.cli.main import main
 from flexport.policy import Policy, Split
 
@@ -78,7 +74,10 @@ def test_perplexity_is_that_of_transformers_window_by_window(
     assert "demo" not in line
 
 
-def test_a_policy_file_says_where_things_live(reference, nothing_left, tmp_path, capsys):
+def test_a_policy_file_says_where_things_live(
+    reference, nothing_left, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("FLEXPORT_CACHE", str(tmp_path / "cache"))
     text, path = tmp_path / "text.txt", tmp_path / "policy.json"
     text.write_text(TEXT)
     policy = Policy(weights=Split(device=0.0, disk=1.0), batch_size=3)
@@ -86,62 +85,41 @@ def test_a_policy_file_says_where_things_live(reference, nothing_left, tmp_path,
 
     result = quality(
         capsys, "--model", str(reference().directory), "--text", str(text), "--policy", str(path),
-        "--codecs", "none,none", "--max-tokens", "50", "--device-memory", "64MiB",
+        "--codecs", "int8,none", "--max-tokens", "50", "--device-memory", "64MiB",
         "--offload-dir", str(nothing_left),
     )  # fmt: skip
 
-    (line,) = result["codecs"]
-    assert line["policy"] == policy.to_dict()
-    assert line["moved_bytes"]["disk_to_host"] > 0
+    exact, packed = result["codecs"]
+    assert exact["policy"] == policy.to_dict()
+    assert packed["policy"] == {**policy.to_dict(), "compress_weights": "int8"}
+    assert 0 < packed["moved_bytes"]["disk_to_host"] < exact["moved_bytes"]["disk_to_host"]
     assert result["num_tokens"] == 50
 
 
-def test_weights_that_are_rounded_are_seen_to_be(reference, tmp_path):
-    """A codec's stand-in: the same checkpoint with few bits a weight."""
-    found = reference()
-    rounded = shutil.copytree(found.directory, tmp_path / "rounded")
-    for path in rounded.glob("*.safetensors"):
-        save_file({name: _rounded(weight) for name, weight in load_file(path).items()}, path)
-    codecs = Codecs(weights="int4")
-
-    @contextmanager
-    def opened(asked):
-        directory = rounded if asked == codecs else found.directory
-        with flexport.LLM(directory, dtype="float32", device_memory="64MiB") as llm:
-            yield llm
-
-    pairs = [
-        (tuple(prompt), tuple(ids)) for prompt, ids in zip(found.prompts, found.greedy, strict=True)
-    ]
-    exact, packed = compare(opened, [codecs], pairs, Quiet(), with_demo=False)
-
-    assert (exact.figures.same_token, exact.figures.right_token) == (1, 1)
-    assert 0.5 < packed.figures.same_token < 1
-    assert packed.figures.right_token == packed.figures.same_token
-    assert packed.figures.ratio > 1.01
-
-
-def _rounded(weight):
-    """About eight bits of it: a random model is easily put off."""
-    step = weight.abs().max() / 128
-    return (weight / step).round() * step
-
-
-def test_the_embedded_model_has_its_text_and_its_job(capsys, tmp_path):
+def test_the_embedded_model_has_its_text_and_its_job(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLEXPORT_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "quality.json"
 
     code = main(
-        ["quality", "--codecs", "none,none", "--max-tokens", "1000", "--dtype", "float32",
+        ["quality", "--codecs", "int4,none", "--max-tokens", "1000", "--dtype", "float32",
          "--json", str(path)]
     )  # fmt: skip
 
     out, _ = capsys.readouterr()
-    (line,) = json.loads(path.read_text())["codecs"]
+    exact, packed = json.loads(path.read_text())["codecs"]
     assert code == 0
-    assert "perplexity" in out
-    assert f"{line['demo']['num_exact']}/{line['demo']['num_rows']}" in out
-    assert line["demo"]["num_exact"] >= 0.95 * line["demo"]["num_rows"] > 0
-    assert line["demo"]["num_rows"] == len(demo.expected())
+    for line in (exact, packed):
+        assert f"{line['perplexity']:.4f}" in out
+        assert f"{line['demo']['num_exact']}/{line['demo']['num_rows']}" in out
+        assert line["demo"]["num_exact"] >= 0.95 * line["demo"]["num_rows"] > 0
+        assert line["demo"]["num_rows"] == len(demo.expected())
     # Words of the records are guesses, what stands in an answer is not.
-    assert 2 < line["perplexity"] < 4
-    assert line["right_token"] > 0.6
+    assert 2 < exact["perplexity"] < 4
+    assert exact["right_token"] > 0.6
+    assert (exact["weights"], exact["weight_bits"]) == ("none", 16)
+    assert (packed["weights"], packed["weight_bits"]) == ("int4", 4.5)
+    assert packed["compression"]["weights"]["codec"] == "int4"
+    assert packed["perplexity"] == pytest.approx(packed["ratio"] * exact["perplexity"])
+    assert packed["ratio"] != 1
+    assert packed["ratio"] == pytest.approx(1, abs=0.02)
+    assert 0.8 < packed["same_token"] < 1

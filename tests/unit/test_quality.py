@@ -28,6 +28,7 @@ from flexport.cli.main import main
 from flexport.engine.scoring import Score
 from flexport.errors import RunError, UsageError
 from flexport.models import spec_of
+from flexport.policy import Policy
 
 PAIRS = [((9,), (1, 2)), ((9, 1, 2), (3,)), ((2, 3), (4,))]
 INT4 = Codecs(weights="int4")
@@ -234,6 +235,7 @@ def test_a_pair_of_codecs_is_said_as_it_is_shown():
     assert Codecs.parse(str(BOTH)) == BOTH
     assert BOTH.settings() == {"compress_weights": "int4", "compress_cache": "int8"}
     assert EXACT.settings() == {}
+    assert Codecs.parse("int4:32,none").settings() == {"compress_weights": "int4:32"}
 
 
 @pytest.mark.parametrize(
@@ -242,6 +244,7 @@ def test_a_pair_of_codecs_is_said_as_it_is_shown():
         (["--codecs", "int4"], "not a pair of codecs"),
         (["--codecs", "int4,int3"], "not a pair of codecs"),
         (["--codecs", "none,none,none"], "not a pair of codecs"),
+        (["--compress-weights", "int4"], "takes codecs from --codecs"),
         (["--window", "0"], "not a whole number >= 1"),
         (["--stride", "x"], "not a whole number >= 1"),
         (["--model", "facebook/opt-125m"], "add --text FILE"),
@@ -273,3 +276,13 @@ def test_a_text_with_nothing_to_read_is_refused(raw, words, tmp_path, capsys, mo
 
     assert codes == [2, 2]
     assert capsys.readouterr().err.count(words) == 2
+
+
+def test_a_policy_file_says_all_but_the_codecs(tmp_path, capsys):
+    path = tmp_path / "policy.json"
+    path.write_text(Policy(compress_weights="int4").to_json())
+
+    code = main(["quality", "--policy", str(path)])
+
+    assert code == 2
+    assert "takes codecs from --codecs" in capsys.readouterr().err
