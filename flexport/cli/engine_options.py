@@ -15,7 +15,7 @@ from flexport.errors import UsageError
 from flexport.policy import WEIGHT_CODECS, Policy
 from flexport.units import parse_bytes
 
-__all__ = ["add_engine_arguments", "engine_settings"]
+__all__ = ["add_engine_arguments", "engine_settings", "positive"]
 
 _SHARES = ("WD", "WH", "KD", "KH", "AD", "AH")
 
@@ -87,19 +87,19 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plan.add_argument(
         "--batch-size",
-        type=_positive,
+        type=positive,
         metavar="ROWS",
         help="rows of a micro-batch (default: the policy's)",
     )
     plan.add_argument(
         "--num-batches",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="micro-batches that share each sweep over the weights (default: the policy's)",
     )
     plan.add_argument(
         "--prefill-tokens",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
         help="most tokens in one visit of a layer; longer micro-batches are prefilled in "
         "pieces (default: the policy's)",
@@ -178,6 +178,11 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**settings, "policy": Policy.from_file(args.policy)}
 
 
+def positive(text: str) -> int:
+    """An argument's type: a whole number >= 1."""
+    return _whole(text, 1)
+
+
 def _size(text: str) -> int:
     try:
         return parse_bytes(text)
@@ -193,10 +198,6 @@ def _whole(text: str, least: int) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
     return number
-
-
-def _positive(text: str) -> int:
-    return _whole(text, 1)
 
 
 def _natural(text: str) -> int:

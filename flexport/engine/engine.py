@@ -160,30 +160,41 @@ class Engine:
 
         yield from self._in_attempts(job, rows, attempt)
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+    def score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        through_cache: bool = False,
+    ) -> Iterator[tuple[int, Score]]:
         """How likely each continuation is after its context, both given as token ids.
 
-        Where memory runs out it goes on like `generate`, with the pairs that have no score yet.
+        Gives (index of the pair, score) in the order in which rows end. A continuation is computed
+        together with its context, or through_cache, token by token in decode steps. Closing the
+        iterator early, errors, and memory that runs out are as with `generate`.
         """
+        with self._one_job():
+            yield from self._score(pairs, through_cache)
+
+    def _score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], through_cache: bool
+    ) -> Iterator[tuple[int, Score]]:
         if not pairs:
-            return []
+            return
         # The last token of a continuation is scored and never computed.
         longest = max(len(context) + len(target) - 1 for context, target in pairs)
         self._check_length(longest, 1)
-        job = JobSizes(prompt_tokens=longest, new_tokens=1, num_rows=len(pairs))
+        steps = max(len(target) for _, target in pairs) if through_cache else 1
+        prompt_tokens = max(len(context) for context, _ in pairs) if through_cache else longest
+        job = JobSizes(prompt_tokens=prompt_tokens, new_tokens=steps, num_rows=len(pairs))
         rows = InFlight(range(len(pairs)))
-        scores: dict[int, Score] = {}
 
-        def attempt(loaded: Loaded) -> Iterator[None]:
-            for index, score in loaded.score((index, *pairs[index]) for index in rows.remaining()):
+        def attempt(loaded: Loaded) -> Iterator[tuple[int, Score]]:
+            left = ((index, *pairs[index]) for index in rows.remaining())
+            for index, score in loaded.score(left, through_cache=through_cache):
                 rows.done(index)
-                scores[index] = score
-                yield
+                yield index, score
 
-        with self._one_job():
-            for _ in self._in_attempts(job, rows, attempt):
-                pass
-        return [scores[index] for index in range(len(pairs))]
+        yield from self._in_attempts(job, rows, attempt)
 
     def close(self) -> None:
         """Give everything back. A second call does nothing."""

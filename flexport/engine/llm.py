@@ -169,13 +169,22 @@ class LLM:
         prompts = [tokenizer.apply_chat_template(messages) for messages in many]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params)
 
-    def score(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Score]:
+    def score(
+        self, pairs: Sequence[tuple[Prompt, Prompt]], *, through_cache: bool = False
+    ) -> list[Score]:
         """The log-likelihood of each continuation after its context.
 
         An empty context is the model's beginning-of-text token. A `Score` is a float that also
-        has `is_greedy` and `token_log_probs`.
+        has `is_greedy`, `token_log_probs` and `best_token_ids`.
+
+        A continuation is computed together with its context, which is quick. With through_cache it
+        goes token by token, as if it were generated, so that what the cache makes of keys and
+        values shows; in an exact cache both give the same, but for rounding and for models whose
+        angles depend on how long a prompt is.
         """
-        return self.engine.score([self._pair(context, target) for context, target in pairs])
+        listed = [self._pair(context, target) for context, target in pairs]
+        scores = dict(self.engine.score(listed, through_cache=through_cache))
+        return [scores[index] for index in range(len(listed))]
 
     def close(self) -> None:
         """Give everything back."""

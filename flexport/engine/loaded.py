@@ -146,13 +146,13 @@ class Loaded:
                     yield completion
 
     def score(
-        self, pairs: Iterable[tuple[int, Sequence[int], Sequence[int]]]
+        self, pairs: Iterable[tuple[int, Sequence[int], Sequence[int]]], *, through_cache: bool
     ) -> Iterator[tuple[int, Score]]:
         """How likely each continuation is after its context, as rows end.
 
         Takes (index, context, continuation), the latter two as token ids, and gives (index, score).
         """
-        scoring, done = Scoring(), Done()
+        scoring, done = Scoring(through_cache=through_cache), Done()
         rows = [scoring.row(*pair) for pair in pairs]
         rows.sort(key=lambda row: -len(row.prompt_ids))
         size = self.plan.policy.batch_size
@@ -160,8 +160,8 @@ class Loaded:
         with closing(self._run(batches, scoring, done)) as visits:
             for _ in visits:
                 while scoring.scores:
-                    index, num_tokens, score = scoring.scores.popleft()
-                    done.add(num_tokens, 0)
+                    index, row, score = scoring.scores.popleft()
+                    done.add(len(row.prompt_ids), row.max_steps - 1)
                     yield index, score
 
     def close(self) -> None:
