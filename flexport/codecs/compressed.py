@@ -64,6 +64,7 @@ class Int8Rows:
 
     name = "int8"
     key = "int8-1"
+    unused = ()
 
     def layout(
         self, name: str, shape: tuple[int, int], names: Container[str], *, transposed: bool = False
@@ -104,6 +105,7 @@ class Int4Tiles:
 
     group: int = 64
     """Neighbouring features of a row that share a scale."""
+    unused = ()
 
     @property
     def name(self) -> str:

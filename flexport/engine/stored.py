@@ -8,7 +8,7 @@ Torch is not imported here, so that a checkpoint can be looked at, and refused, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexport.codecs.layout import Format, Layout, Part
@@ -27,8 +27,12 @@ class TensorSize:
     """Where it stays near the device: decoded, or packed as it is."""
     scratch_bytes: int = 0
     """Of a packed one, the numbers that it becomes wherever it is computed with."""
-    rows_per_cut: int = 1
-    """It can be cut between so many rows only."""
+    num_cuts: int | None = None
+    """It can be cut into so many pieces only; None: into rows."""
+    num_parts: int = 1
+    """It lies in so many places."""
+    whole_bytes: int = 0
+    """Of disk_bytes, those that all of its rows need: each piece of it has them again."""
 
     @classmethod
     def plain(cls, tensor: TensorSpec, file_item_bytes: int, item_bytes: int) -> TensorSize:
@@ -75,24 +79,46 @@ class Stored:
         """All its parts."""
         return sum(file.num_bytes for file in self.files)
 
+    @property
+    def whole_bytes(self) -> int:
+        """Of these, what all of its rows need."""
+        parts = zip(self.layout.parts, self.files, strict=True)
+        return sum(file.num_bytes for part, file in parts if not part.rows_per_line)
+
     def placed(self, files: Mapping[str, FileTensor]) -> Stored:
         """The same, with where its parts lie."""
         own = tuple(_own(files[part.name], part, self.tensor) for part in self.layout.parts)
         return replace(self, files=own)
 
 
-def find(tensor: TensorSpec, names: Mapping[str, FileTensor], packing: Format | None) -> Stored:
-    """How a checkpoint with these tensors stores `tensor`; as plain numbers if it has none of it."""
-    if packing is not None and tensor.kind in ("matrix", "operand"):
+def find(tensor: TensorSpec, names: Mapping[str, FileTensor], packings: Sequence[Format]) -> Stored:
+    """How a checkpoint with these tensors stores `tensor`; as plain numbers if it has none of it.
+
+    Of several forms that have tensors of these names it is the first whose shapes fit.
+    """
+    found: list[Stored] = []
+    if tensor.kind in ("matrix", "operand"):
         rows, features = tensor.shape
-        for name in tensor.names:
-            layout = packing.layout(name, (rows, features), names, transposed=tensor.transposed)
-            if layout is not None:
-                return Stored(tensor=tensor, layout=layout, format=packing)
+        for packing in packings:
+            for name in tensor.names:
+                layout = packing.layout(name, (rows, features), names, transposed=tensor.transposed)
+                if layout is not None:
+                    found.append(Stored(tensor=tensor, layout=layout, format=packing))
+    if found:
+        return next((stored for stored in found if _fits(stored, names)), found[0])
     name = next((name for name in tensor.names if name in names), tensor.names[0])
     plain = Part(name=name, shape=tensor.shape)
     layout = Layout(parts=(plain,), shape=tensor.shape, transposed=tensor.transposed)
     return Stored(tensor=tensor, layout=layout)
+
+
+def _fits(stored: Stored, names: Mapping[str, FileTensor]) -> bool:
+    return all(
+        part.name in names
+        and names[part.name].shape == in_file(part, stored.tensor)
+        and (part.dtypes is None or names[part.name].dtype in part.dtypes)
+        for part in stored.layout.parts
+    )
 
 
 def in_file(part: Part, tensor: TensorSpec) -> tuple[int, ...]:

@@ -63,10 +63,11 @@ class ModelWeights:
             defaultdict(list) for _ in layers
         ]
         self._streams: list[list[_Stream]] = [[] for _ in layers]
-        self.transposed = frozenset(
-            shard.slot for shards in layers for shard in shards if shard.stored.transposed
-        )
-        """Slots of matrices that lie as (features in, features out), in whatever layer."""
+        self._transposed = [
+            frozenset(shard.slot for shard in shards if shard.stored.transposed)
+            for shards in layers
+        ]
+        """Of each layer, slots of matrices that lie as (features in, features out)."""
         self._experts: list[dict[int, list[_Stream]]] = [{} for _ in layers]
         """What streams of each expert, of those that do not stay as a whole."""
         self._window: ExpertWindow | None = None
@@ -118,7 +119,14 @@ class ModelWeights:
             for shard in bundle.shards:
                 on_host[shard.slot].append((shard.begin, self._on_host[shard]))
         lease = LayerLease(
-            self, self._store, self._resident[layer], leases, self._dtype, host, on_host
+            self,
+            self._store,
+            self._resident[layer],
+            leases,
+            self._dtype,
+            self._transposed[layer],
+            host,
+            on_host,
         )
         if self._window is not None and self._experts[layer]:
             lease.stream_experts(self._experts[layer], self._window)
@@ -311,10 +319,15 @@ class LayerLease:
         resident: Mapping[str, list[tuple[int, Tensor]]],
         leases: Sequence[tuple[Bundle, Kept, Lease]],
         dtype: torch.dtype,
+        transposed: frozenset[str],
         host: HostCompute | None = None,
         on_host: Mapping[str, list[tuple[int, Tensor]]] | None = None,
     ) -> None:
-        """`on_host` are parts of matrices, with their first rows, that `host` multiplies with."""
+        """`on_host` are parts of matrices, with their first rows, that `host` multiplies with.
+
+        `transposed` are the slots of those whose rows are features in.
+        """
+        self._transposed = transposed
         self._host = host
         self._on_host = on_host or {}
         self._model = model
@@ -366,7 +379,7 @@ class LayerLease:
         """What the device computes of a product, each with its first feature."""
         bias_F, products = self._bias(part), []
         shards = self._all().get(f"{part}.weight", ())
-        if f"{part}.weight" in self._model.transposed:
+        if f"{part}.weight" in self._transposed:
             return [(0, self._sum_of_products(x_TD, shards, bias_F))]
         for begin, weight_RD in shards:
             bias_R = None if bias_F is None else bias_F[begin : begin + weight_RD.shape[0]]
@@ -458,7 +471,9 @@ class LayerLease:
     def _whole(self, slot: str) -> Tensor:
         parts = self._all()[slot]
         if len(parts) > 1:
-            parts[:] = [(0, torch.cat([part for _, part in parts]))]
+            # Of a transposed matrix, parts follow each other along features in.
+            along = 1 if slot in self._transposed else 0
+            parts[:] = [(0, torch.cat([part for _, part in parts], along))]
         return parts[0][1]
 
     def rows(self, part: str, ids_T: Tensor) -> Tensor:
