@@ -9,11 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexport.codecs.forms import PackedInts, Scaled
+from flexport.codecs.forms import Mxfp4, Nvfp4, PackedInts, Scaled
 from flexport.codecs.layout import Format
 from flexport.errors import UnsupportedModel
 
 __all__ = ["formats_of_groups"]
+
+_FOUR_BITS: Mapping[str, Format] = {
+    "mxfp4-pack-quantized": Mxfp4(of_gpt_oss=False),
+    "nvfp4-pack-quantized": Nvfp4(),
+}
 
 _BYTES = ("int-quantized", "float-quantized", "naive-quantized")
 
@@ -69,7 +74,10 @@ def _format(where: str, stored: str, weights: Mapping[str, Any]) -> Format:
             block=block,
             symmetric=symmetric,
         )
-    raise _unsupported(f"{where}: format", stored, f"pack-quantized, {', '.join(_BYTES)}")
+    if stored in _FOUR_BITS:
+        return _FOUR_BITS[stored]
+    able = ", ".join(("pack-quantized", *_BYTES, *_FOUR_BITS))
+    raise _unsupported(f"{where}: format", stored, able)
 
 
 def _unsupported(field: str, value: object, able: str) -> UnsupportedModel:

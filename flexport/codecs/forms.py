@@ -17,7 +17,7 @@ from flexport.records import FileTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Awq", "Gptq", "Mxfp4", "PackedInts", "Scaled"]
+__all__ = ["Awq", "Gptq", "Mxfp4", "Nvfp4", "PackedInts", "Scaled"]
 
 _INT32 = frozenset({"int32"})
 
@@ -37,35 +37,89 @@ _OF_ACTIVATIONS = (
 _Names = Mapping[str, FileTensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mxfp4:
-    """Four bits a number, 32 of which share a power of two; see `codecs.mxfp4`."""
+    """Floats of four bits, 32 of which share a power of two; see `codecs.floats`.
 
+    gpt-oss calls them blocks and scales, compressed-tensors packed and scale.
+    """
+
+    of_gpt_oss: bool = True
     name = "mxfp4"
-    unused = ()
+    unused = _OF_ACTIVATIONS
 
     def layout(
         self, name: str, shape: tuple[int, int], names: _Names, *, transposed: bool = False
     ) -> Layout | None:
-        """Blocks and scales, always as (features out, features in)."""
-        if f"{name}_blocks" not in names:
-            return None
+        """Numbers and scales, always as (features out, features in)."""
         rows, size = shape[::-1] if transposed else shape
         groups, uint8 = size // 32, frozenset({"uint8"})
+        numbers, scales = f"{name}_packed", f"{name}_scale"
+        numbers_shape: tuple[int, ...] = (rows, size // 2)
+        if self.of_gpt_oss:
+            numbers, scales = f"{name}_blocks", f"{name}_scales"
+            numbers_shape = (rows, groups, 16)
+        if numbers not in names:
+            return None
         return Layout(
             parts=(
-                Part(name=f"{name}_blocks", shape=(rows, groups, 16), dtypes=uint8),
-                Part(name=f"{name}_scales", shape=(rows, groups), dtypes=uint8),
+                Part(name=numbers, shape=numbers_shape, dtypes=uint8),
+                Part(name=scales, shape=(rows, groups), dtypes=uint8),
             ),
             shape=(rows, size),
         )
 
     def decode(self, parts: Sequence[Tensor], out_RD: Tensor, begin: int) -> Tensor:
         """See `Format`."""
-        from flexport.codecs import mxfp4
+        from flexport.codecs import floats, groups
 
-        blocks_RPB, scales_RP = parts
-        return mxfp4.decode(blocks_RPB, scales_RP, out_RD)
+        numbers_RB, scales_RP = parts[0].flatten(1), floats.powers_of_two(parts[1])
+
+        def fill(rows: slice, with_RD: Tensor) -> None:
+            floats.fill_float4(numbers_RB[rows], with_RD)
+
+        return groups.by_features(fill, scales_RP, None, out_RD, block=(1, 32))
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4:
+    """Floats of four bits, 16 of which share a float8 scale, and all a divisor of these scales.
+
+    compressed-tensors' "nvfp4-pack-quantized". Source: its documentation, and `codecs.floats`.
+    """
+
+    name = "nvfp4"
+    unused = _OF_ACTIVATIONS
+
+    def layout(
+        self, name: str, shape: tuple[int, int], names: _Names, *, transposed: bool = False
+    ) -> Layout | None:
+        """Numbers, scales and the divisor, always as (features out, features in)."""
+        if f"{name}_packed" not in names:
+            return None
+        rows, size = shape[::-1] if transposed else shape
+        uint8, float8 = frozenset({"uint8"}), frozenset({"float8_e4m3fn"})
+        return Layout(
+            parts=(
+                Part(name=f"{name}_packed", shape=(rows, size // 2), dtypes=uint8),
+                Part(name=f"{name}_scale", shape=(rows, size // 16), dtypes=float8),
+                Part(name=f"{name}_global_scale", shape=(1,), rows_per_line=0),
+            ),
+            shape=(rows, size),
+        )
+
+    def decode(self, parts: Sequence[Tensor], out_RD: Tensor, begin: int) -> Tensor:
+        """See `Format`."""
+        from flexport.codecs import floats, groups
+
+        numbers_RB, scales_RP, divisor_1 = parts
+
+        def fill(rows: slice, with_RD: Tensor) -> None:
+            floats.fill_float4(numbers_RB[rows], with_RD)
+
+        return groups.by_features(
+            fill, scales_RP.float() / divisor_1.float(), None, out_RD, block=(1, 16)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +174,7 @@ class Scaled:
 
     def decode(self, parts: Sequence[Tensor], out_RD: Tensor, begin: int) -> Tensor:
         """See `Format`."""
-        from flexport.codecs import groups
+        from flexport.codecs import floats, groups
 
         numbers_RD, *others = parts
         if self.block is None:
@@ -128,7 +182,10 @@ class Scaled:
         scales, *zeros = others
 
         def fill(rows: slice, with_RD: Tensor) -> None:
-            with_RD.copy_(numbers_RD[rows])
+            if self.dtype == "int8":
+                with_RD.copy_(numbers_RD[rows])
+            else:
+                floats.fill_float8(numbers_RD[rows], with_RD)
 
         return groups.by_features(
             fill,

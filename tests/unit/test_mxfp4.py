@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexport.codecs import mxfp4
+from flexport.codecs import groups
+from flexport.codecs.forms import Mxfp4
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -27,8 +28,12 @@ def e2m1(nibble: int) -> float:
     return math.copysign(size, -1 if sign else 1)
 
 
+def decode(blocks_RPB: Tensor, scales_RP: Tensor, out_RD: Tensor) -> Tensor:
+    return Mxfp4().decode([blocks_RPB, scales_RP], out_RD, 0)
+
+
 def encode_mxfp4(nibbles_RD: Tensor) -> Tensor:
-    pairs = nibbles_RD.view(len(nibbles_RD), -1, mxfp4.GROUP_BYTES, 2)
+    pairs = nibbles_RD.view(len(nibbles_RD), -1, 16, 2)
     return (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
 
 
@@ -50,7 +55,7 @@ def test_each_four_bits_are_their_number_times_their_groups_power_of_two(
     scales_RP = draw(num_rows, num_groups, below=253, seed=seed + 1).to(torch.uint8)
 
     out_RD = torch.empty(num_rows, 32 * num_groups, dtype=dtype)
-    mxfp4.decode(encode_mxfp4(nibbles_RD), scales_RP, out_RD)
+    decode(encode_mxfp4(nibbles_RD), scales_RP, out_RD)
 
     for row, column in ((r, c) for r in range(num_rows) for c in range(32 * num_groups)):
         exponent = int(scales_RP[row, column // 32]) - 127
@@ -63,7 +68,7 @@ def test_a_scale_that_is_not_a_number_makes_its_group_so_and_no_other():
     blocks_RPB = torch.zeros(1, 2, 16, dtype=torch.uint8)
     scales_RP = torch.tensor([[255, 127]], dtype=torch.uint8)
 
-    out_RD = mxfp4.decode(blocks_RPB, scales_RP, torch.empty(1, 64))
+    out_RD = decode(blocks_RPB, scales_RP, torch.empty(1, 64))
 
     assert out_RD[0, :32].isnan().all()
     assert (out_RD[0, 32:] == 0).all()
@@ -75,7 +80,7 @@ def test_mxfp4_is_what_transformers_reads():
     scales_ERP = (110 + draw(2, 5, 3, below=30, seed=1)).to(torch.uint8)
 
     out_ERD = torch.empty(2, 5, 96, dtype=torch.bfloat16)
-    mxfp4.decode(blocks_ERPB, scales_ERP, out_ERD)
+    decode(blocks_ERPB.flatten(0, 1), scales_ERP.flatten(0, 1), out_ERD.view(10, 96))
 
     # It gives each expert's matrix the other way round.
     assert torch.equal(out_ERD, convert(blocks_ERPB, scales_ERP).transpose(1, 2))
@@ -87,10 +92,10 @@ def test_any_rows_of_mxfp4_decode_as_in_the_whole(data, num_rows):
     end = data.draw(st.integers(begin + 1, num_rows))
     blocks_RPB = draw(num_rows, 2, 16, below=256, seed=0).to(torch.uint8)
     scales_RP = draw(num_rows, 2, below=255, seed=1).to(torch.uint8)
-    whole_RD = mxfp4.decode(blocks_RPB, scales_RP, torch.empty(num_rows, 64))
+    whole_RD = decode(blocks_RPB, scales_RP, torch.empty(num_rows, 64))
 
     part_RD = torch.empty(end - begin, 64)
-    mxfp4.decode(blocks_RPB[begin:end], scales_RP[begin:end], part_RD)
+    decode(blocks_RPB[begin:end], scales_RP[begin:end], part_RD)
 
     assert torch.equal(part_RD, whole_RD[begin:end])
 
@@ -98,8 +103,8 @@ def test_any_rows_of_mxfp4_decode_as_in_the_whole(data, num_rows):
 def test_a_matrix_of_more_values_than_are_decoded_at_once_is_decoded_to_its_end(monkeypatch):
     blocks_RPB = draw(7, 3, 16, below=256, seed=0).to(torch.uint8)
     scales_RP = draw(7, 3, below=253, seed=1).to(torch.uint8)
-    whole_RD = mxfp4.decode(blocks_RPB, scales_RP, torch.empty(7, 96))
+    whole_RD = decode(blocks_RPB, scales_RP, torch.empty(7, 96))
 
-    monkeypatch.setattr(mxfp4, "_AT_ONCE", 128)
+    monkeypatch.setattr(groups, "_AT_ONCE", 128)
 
-    assert torch.equal(mxfp4.decode(blocks_RPB, scales_RP, torch.empty(7, 96)), whole_RD)
+    assert torch.equal(decode(blocks_RPB, scales_RP, torch.empty(7, 96)), whole_RD)
