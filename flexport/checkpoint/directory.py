@@ -18,7 +18,15 @@ from flexport.checkpoint.hub import fetch
 from flexport.errors import CheckpointError
 from flexport.records import FileTensor
 
-__all__ = ["Checkpoint", "Wanted", "open_checkpoint", "require", "same_values", "unexpected"]
+__all__ = [
+    "Checkpoint",
+    "Wanted",
+    "content",
+    "open_checkpoint",
+    "require",
+    "same_values",
+    "unexpected",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -127,6 +135,13 @@ def require(checkpoint: Checkpoint, wanted: Mapping[str, Wanted]) -> dict[str, F
 def unexpected(checkpoint: Checkpoint, wanted: Mapping[str, object]) -> list[str]:
     """The names in the checkpoint that are not in `wanted`, sorted."""
     return sorted(set(checkpoint.tensors) - set(wanted))
+
+
+def content(tensor: FileTensor) -> bytes:
+    """All bytes of a tensor; for small ones."""
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset_bytes)
+        return file.read(tensor.num_bytes)
 
 
 def same_values(one: FileTensor, other: FileTensor) -> bool:

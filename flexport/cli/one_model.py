@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from flexport.checkpoint.directory import read_object
 from flexport.engine.source import Source, open_source
+from flexport.engine.stored import Stored
 from flexport.errors import CheckpointError, UnsupportedModel, UsageError
 from flexport.models import known_config, known_names, spec_of, summary
 from flexport.units import format_bytes, format_count
@@ -55,7 +56,19 @@ def _checkpoint(source: Source) -> dict[str, Any]:
         "complete": True,
         "num_bytes": sum(file.num_bytes for file in source.files.values()),
         "dtype": source.file_dtype,
-        "packing": "none" if source.packing is None else source.packing.name,
+        "packing": _packing(source.packed()),
+    }
+
+
+def _packing(packed: Sequence[Stored]) -> dict[str, Any] | None:
+    """In which forms matrices are packed, and what one of their numbers takes; None if none is."""
+    if not packed:
+        return None
+    forms = {own.format.name: None for own in packed if own.format is not None}
+    num_bits = 8 * sum(own.num_bytes for own in packed)
+    return {
+        "forms": list(forms),
+        "bits_per_weight": round(num_bits / sum(own.tensor.num_values for own in packed), 2),
     }
 
 
@@ -122,8 +135,12 @@ def _layer(kind: Mapping[str, Any]) -> str:
 def _state(checkpoint: Mapping[str, Any]) -> str:
     if not checkpoint["complete"]:
         return f"can't be run: {checkpoint['reason']}"
+    packing = checkpoint["packing"]
     packed = (
-        "" if checkpoint["packing"] == "none" else f", matrices packed as {checkpoint['packing']}"
+        f", matrices packed as {' and '.join(packing['forms'])}, "
+        f"{packing['bits_per_weight']:g} bits a weight"
+        if packing
+        else ""
     )
     return (
         f"complete: {format_bytes(checkpoint['num_bytes'])}, {checkpoint['dtype'] or 'no'} numbers"

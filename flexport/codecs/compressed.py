@@ -6,12 +6,12 @@ Torch is not imported here; a form's kernels are, when something is encoded or d
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from flexport.backend import PackedMatrix
-from flexport.codecs.layout import Format, Layout, Part
+from flexport.codecs.layout import Layout, Part
 from flexport.policy import WEIGHT_CODECS
 
 if TYPE_CHECKING:
@@ -23,12 +23,22 @@ TILE_ROWS = 64
 """Rows of a tile of four-bit numbers."""
 
 
-class Compressed(Format, Protocol):
+class Compressed(Protocol):
     """A packed form that flexport can make."""
+
+    @property
+    def name(self) -> str:
+        """One of `policy.WEIGHT_CODECS`."""
 
     @property
     def key(self) -> str:
         """The form and its parameters as a file name may have it; changes when the bytes would."""
+
+    def layout(self, name: str, shape: tuple[int, int]) -> Layout:
+        """How a matrix (features out, features in) lies in files, where it is called `name`."""
+
+    def decode(self, parts: Sequence[Tensor], out_RD: Tensor, begin: int) -> Tensor:
+        """As `layout.Format` has it."""
 
     def encode(self, values_RD: Tensor) -> tuple[Tensor, ...]:
         """The parts of some rows of a matrix, as `layout` has them, on the same device.
@@ -55,18 +65,15 @@ def compressed(codec: str) -> Compressed | None:
 
 @dataclass(frozen=True, slots=True)
 class Int8Rows:
-    """A byte a number, and one scale a row; see `codecs.int8_rows`."""
+    """A byte a number, and one scale a row; see `codecs.quantise`."""
 
     name = "int8"
     key = "int8-1"
+    unused = ()
 
-    def layout(
-        self, name: str, shape: tuple[int, int], names: Container[str], *, transposed: bool = False
-    ) -> Layout | None:
-        """Numbers and scales, always as (features out, features in)."""
-        if f"{name}.int8" not in names:
-            return None
-        rows, features = shape[::-1] if transposed else shape
+    def layout(self, name: str, shape: tuple[int, int]) -> Layout:
+        """Numbers and scales."""
+        rows, features = shape
         return Layout(
             parts=(
                 Part(name=f"{name}.int8", shape=(rows, features), dtypes=frozenset({"int8"})),
@@ -77,16 +84,16 @@ class Int8Rows:
 
     def encode(self, values_RD: Tensor) -> tuple[Tensor, ...]:
         """See `Compressed`."""
-        from flexport.codecs import int8_rows
+        from flexport.codecs.quantise import quantise_rows
 
-        return int8_rows.encode(values_RD)
+        return quantise_rows(values_RD)
 
     def decode(self, parts: Sequence[Tensor], out_RD: Tensor, begin: int) -> Tensor:
         """See `Format`."""
-        from flexport.codecs import int8_rows
+        from flexport.codecs.quantise import dequantise_rows
 
         codes_RD, scales_R = parts
-        return int8_rows.decode(codes_RD, scales_R, out_RD)
+        return dequantise_rows(codes_RD, scales_R, out_RD)
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Of less than 64 features, a row's scale would be more than a sixteenth."""
@@ -103,6 +110,7 @@ class Int4Tiles:
 
     group: int = 64
     """Neighbouring features of a row that share a scale."""
+    unused = ()
 
     @property
     def name(self) -> str:
@@ -114,13 +122,9 @@ class Int4Tiles:
         """See `Compressed`."""
         return f"int4-{self.group}-1"
 
-    def layout(
-        self, name: str, shape: tuple[int, int], names: Container[str], *, transposed: bool = False
-    ) -> Layout | None:
-        """Tiles of rows, always as (features out, features in); the last one may have rows too many."""
-        if f"{name}.int4" not in names:
-            return None
-        rows, features = shape[::-1] if transposed else shape
+    def layout(self, name: str, shape: tuple[int, int]) -> Layout:
+        """Tiles of rows; the last one may have rows too many."""
+        rows, features = shape
         tiles, groups = -(-rows // TILE_ROWS), -(-features // self.group)
         return Layout(
             parts=(

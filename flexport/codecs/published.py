@@ -1,101 +1,132 @@
-"""The packed forms that published checkpoints have, by what their config says.
+"""Which packed forms a published checkpoint has, by what its config says.
 
-Torch is not imported here; a form's kernels are, when something is decoded.
+The config says what may be there; of each matrix its tensors' names say whether it is. Hence what
+lists there are of modules that were left as they are (modules_to_not_convert, ignore, …) need not be
+read. Torch is not imported here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from flexport.codecs.layout import Format, Layout, Part
+from flexport.codecs.compressed_tensors import formats_of_groups
+from flexport.codecs.forms import Awq, Gptq, Mxfp4, Scaled
+from flexport.codecs.layout import Format
 from flexport.errors import UnsupportedModel
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["formats_of"]
 
-__all__ = ["Fp8Blocks", "Mxfp4", "format_of"]
+_Fields = Mapping[str, Any]
 
 
-def format_of(config: Mapping[str, Any]) -> Format | None:
-    """How a checkpoint with this config.json packs matrices; None if it does not.
+def formats_of(config: _Fields) -> tuple[Format, ...]:
+    """The forms in which a checkpoint with this config.json may have matrices, beside plain numbers.
 
     Raises UnsupportedModel, naming what flexport can't decode.
     """
-    asked = config.get("quantization_config")
+    text = config.get("text_config") or {}
+    asked = config.get("quantization_config") or text.get("quantization_config")
     if not asked:
-        return None
-    method = asked.get("quant_method")
-    if method == "mxfp4":
-        return Mxfp4()
-    if method == "fp8" and asked.get("weight_block_size"):
-        rows, columns = asked["weight_block_size"]
-        return Fp8Blocks(block=(rows, columns))
+        return ()
+    method = str(asked.get("quant_method")).lower().replace("_", "-")
+    if method in _READERS:
+        return _READERS[method](asked)
+    hint = _INSTEAD.get(method, "")
     raise UnsupportedModel(
-        f"quantization_config: quant_method is {method!r}; flexport can run plain weights, mxfp4, "
-        "and fp8 with a weight_block_size"
+        f"quantization_config: quant_method is {asked.get('quant_method')!r}{hint and f' ({hint})'}; "
+        "flexport can run plain weights, and those packed as awq, compressed-tensors, fbgemm_fp8, "
+        "fp8, gptq or mxfp4, in which most models are published, too"
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Mxfp4:
-    """Four bits a number, 32 of which share a power of two; see `codecs.mxfp4`."""
-
-    name = "mxfp4"
-
-    def layout(
-        self, name: str, shape: tuple[int, int], names: Container[str], *, transposed: bool = False
-    ) -> Layout | None:
-        """Blocks and scales, always as (features out, features in)."""
-        if f"{name}_blocks" not in names:
-            return None
-        rows, size = shape[::-1] if transposed else shape
-        groups, uint8 = size // 32, frozenset({"uint8"})
-        return Layout(
-            parts=(
-                Part(name=f"{name}_blocks", shape=(rows, groups, 16), dtypes=uint8),
-                Part(name=f"{name}_scales", shape=(rows, groups), dtypes=uint8),
-            ),
-            shape=(rows, size),
-        )
-
-    def decode(self, parts: Sequence[Tensor], out_RD: Tensor, begin: int) -> Tensor:
-        """See `Format`."""
-        from flexport.codecs import mxfp4
-
-        blocks_RPB, scales_RP = parts
-        return mxfp4.decode(blocks_RPB, scales_RP, out_RD)
+def _mxfp4(_: _Fields) -> tuple[Format, ...]:
+    return (Mxfp4(),)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fp8Blocks:
-    """A byte a number, and a scale for each block of rows and features; see `codecs.fp8`."""
+def _fp8(asked: _Fields) -> tuple[Format, ...]:
+    size = asked.get("weight_block_size")
+    block = None if size is None else (int(size[0]), int(size[1]))
+    return tuple(
+        Scaled(dtype="float8_e4m3fn", suffix=suffix, block=block)
+        for suffix in ("_scale_inv", "_scale")
+    )
 
-    block: tuple[int, int]
-    """Rows and features that share a scale."""
-    name = "fp8"
 
-    def layout(
-        self, name: str, shape: tuple[int, int], names: Container[str], *, transposed: bool = False
-    ) -> Layout | None:
-        """Numbers, and the scales that they are multiplied by."""
-        if f"{name}_scale_inv" not in names:
-            return None
-        rows, features = self.block
-        lines = (-(-shape[0] // rows), -(-shape[1] // features))
-        return Layout(
-            parts=(
-                Part(name=name, shape=shape, dtypes=frozenset({"float8_e4m3fn"})),
-                Part(name=f"{name}_scale_inv", shape=lines, rows_per_line=rows),
-            ),
-            shape=shape,
-            transposed=transposed,
-        )
+def _gptq(asked: _Fields) -> tuple[Format, ...]:
+    bits = asked.get("bits")
+    if bits not in (2, 4, 8):
+        raise _unsupported("bits", bits, "2, 4 and 8; those of 3 cross words")
+    stored = str(asked.get("checkpoint_format") or asked.get("format") or "gptq").lower()
+    if stored not in ("gptq", "gptq_v2") or asked.get("is_marlin_format"):
+        name = stored if stored not in ("gptq", "gptq_v2") else "marlin"
+        raise _unsupported("checkpoint_format", name, "gptq and gptq_v2")
+    if asked.get("pack_dtype", "int32") != "int32":
+        raise _unsupported("pack_dtype", asked["pack_dtype"], "int32")
+    group = _group(asked)
+    ordered = bool(asked.get("desc_act"))
+    usual = {"bits": bits, "group_size": group or -1, "desc_act": ordered}
+    for pattern, own in (asked.get("dynamic") or {}).items():
+        for name, value in (own or {}).items():
+            if not pattern.startswith("-:") and usual.get(name, value) != value:
+                raise _unsupported(f"dynamic: {pattern}: {name}", value, "the same for all modules")
+    return (Gptq(bits=bits, group=group, ordered=ordered, zeros_less_one=stored == "gptq"),)
 
-    def decode(self, parts: Sequence[Tensor], out_RD: Tensor, begin: int) -> Tensor:
-        """See `Format`."""
-        from flexport.codecs import fp8
 
-        numbers_RD, scales = parts
-        return fp8.decode_blocks(numbers_RD, scales, out_RD, block=self.block, begin=begin)
+def _awq(asked: _Fields) -> tuple[Format, ...]:
+    bits = asked.get("bits", asked.get("w_bit", 4))
+    if bits != 4:
+        raise _unsupported("bits", bits, "4")
+    version = asked.get("version") or asked.get("checkpoint_format") or asked.get("format")
+    if str(version or "gemm").lower() != "gemm":
+        raise _unsupported("version", version, "gemm")
+    if asked.get("backend") == "llm-awq":
+        raise _unsupported("backend", "llm-awq", "autoawq's files")
+    if not asked.get("zero_point", True):
+        raise _unsupported("zero_point", False, "True")
+    return (Awq(group=_group(asked)),)
+
+
+def _group(asked: _Fields) -> int | None:
+    size = asked.get("group_size", asked.get("q_group_size", 128))
+    if not isinstance(size, int) or size == 0 or size < -1:
+        raise _unsupported("group_size", size, "a positive number, and -1 for all features")
+    return None if size == -1 else size
+
+
+def _fbgemm_fp8(_: _Fields) -> tuple[Format, ...]:
+    return (Scaled(dtype="float8_e4m3fn", suffix="_scale"),)
+
+
+_READERS: Mapping[str, Callable[[_Fields], tuple[Format, ...]]] = {
+    "awq": _awq,
+    "compressed-tensors": formats_of_groups,
+    "fbgemm-fp8": _fbgemm_fp8,
+    "fp8": _fp8,
+    "gptq": _gptq,
+    "mxfp4": _mxfp4,
+}
+
+_DEQUANTISE = (
+    "transformers can load it on a machine with its package, `dequantize()` it and save that"
+)
+
+_INSTEAD: Mapping[str, str] = {
+    "aqlm": "codebooks",
+    "auto-round": "exported as auto_gptq or auto_awq it would have their quant_method",
+    "bitnet": "ternary numbers",
+    "bitsandbytes": _DEQUANTISE,
+    "eetq": _DEQUANTISE,
+    "gguf": "a file for llama.cpp",
+    "hqq": _DEQUANTISE,
+    "modelopt": "NVIDIA's own layout; llm-compressor writes the same numbers as compressed-tensors",
+    "quanto": _DEQUANTISE,
+    "torchao": _DEQUANTISE,
+}
+"""What to say of others."""
+
+
+def _unsupported(field: str, value: object, able: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"quantization_config: {field} is {value!r}; what flexport can decode is {able}"
+    )

@@ -406,10 +406,10 @@ class Engine:
         )
 
     def _weights_summary(self, codec: str) -> dict[str, Any]:
-        if codec != "none" and self._source.packing is not None:
+        if codec != "none" and self._source.packings:
             raise PolicyError(
                 f"--compress-weights {codec}: the weights of {self.model_name} are packed already, as "
-                f"{self._source.packing.name}, and run as they are; leave --compress-weights out"
+                f"{self._source.packings[0].name}, and run as they are; leave --compress-weights out"
             )
         return weights_summary(self.spec, codec)
 

@@ -56,9 +56,12 @@ def model_sizes(
         expert_bytes.append(sum(each.disk_bytes for of in by_expert.values() for each in of))
         for of_expert in by_expert.values():
             # Each tensor may begin and end within a grain, on either of two tiers.
-            edges_bytes = 4 * GRAIN_BYTES * (2 * len(of_expert) + 1)
+            num_parts = sum(each.num_parts for each in of_expert)
+            edges_bytes = 4 * GRAIN_BYTES * (2 * num_parts + 1)
+            again_bytes = CUT_ROWS * max(each.whole_bytes for each in of_expert)
             one_expert_bytes = max(
-                one_expert_bytes, sum(each.disk_bytes for each in of_expert) + edges_bytes
+                one_expert_bytes,
+                sum(each.disk_bytes for each in of_expert) + edges_bytes + again_bytes,
             )
             expert_packed_bytes = max(expert_packed_bytes, _scratch_bytes(of_expert))
         dense = [each for tensor, each in own if tensor.expert is None]
@@ -69,7 +72,8 @@ def model_sizes(
             default=0,
         )
         # Each part of a tensor may begin and end within a grain, and two cuts make two more parts.
-        slack_bytes = max(slack_bytes, 2 * GRAIN_BYTES * (len(own) + 2) + CUT_ROWS * widest)
+        num_parts = sum(each.num_parts for _, each in own)
+        slack_bytes = max(slack_bytes, 2 * GRAIN_BYTES * (num_parts + 2) + CUT_ROWS * widest)
     slack_bytes += max(_exact_excess_bytes(own, ratio) for own in layers)
     projections = _projection_values(spec)
     return ModelSizes(
@@ -115,9 +119,9 @@ def _exact_excess_bytes(own: Sequence[tuple[TensorSpec, TensorSize]], ratio: flo
 
 
 def _cut_bytes(tensor: TensorSpec, size: TensorSize) -> int:
-    """What lies between two places where a tensor can be cut."""
-    cuts = max(1, tensor.shape[0] // size.rows_per_cut)
-    return max(size.disk_bytes, size.near_bytes) // cuts
+    """What lies between two places where a tensor can be cut, and what a cut doubles."""
+    pieces = size.num_cuts or tensor.shape[0]
+    return max(size.disk_bytes, size.near_bytes) // pieces + size.whole_bytes
 
 
 def _scratch_bytes(sizes: Sequence[TensorSize]) -> int:

@@ -65,7 +65,7 @@ class Shard:
         runs = []
         for part, file in zip(self.stored.layout.parts, self.stored.files, strict=True):
             first, last = part.lines(self.begin, self.end)
-            line_bytes = file.num_bytes // part.shape[0]
+            line_bytes = file.num_bytes // part.num_lines
             runs.append(
                 FileRun(
                     path=file.path,

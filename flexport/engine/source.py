@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,15 +11,17 @@ from typing import Any, Literal
 from flexport.checkpoint.directory import (
     Checkpoint,
     Wanted,
+    content,
     open_checkpoint,
     read_object,
     require,
     same_values,
     unexpected,
 )
+from flexport.checkpoint.header import refusal
 from flexport.codecs.compressed import Compressed
-from flexport.codecs.layout import Format
-from flexport.codecs.published import format_of
+from flexport.codecs.layout import Format, Known
+from flexport.codecs.published import formats_of
 from flexport.demo import MODEL_DIR
 from flexport.engine.stored import Stored, TensorSize, find, in_file, packed_layout
 from flexport.errors import CheckpointError, UnsupportedModel
@@ -54,8 +56,8 @@ class Source:
     """Where each tensor lies; None if the weights have to be made up first."""
     directory: Path | None
     """Where the tokenizer is."""
-    packing: Format | None = None
-    """How the checkpoint packs its matrices, if it does."""
+    packings: tuple[Format, ...] = ()
+    """How the checkpoint may pack its matrices."""
 
     def stored(
         self,
@@ -64,7 +66,15 @@ class Source:
         form: Compressed | None = None,
     ) -> Stored:
         """How `files` store a tensor: its own or made up ones, and those that are packed as `form`."""
-        return find(tensor, files, self.packing, form).placed(files)
+        return _find(self.spec, tensor, files, self.packings, form).placed(files)
+
+    def packed(self) -> list[Stored]:
+        """Its packed matrices."""
+        if self.files is None or not self.packings:
+            return []
+        layers = range(self.spec.num_schedule_layers)
+        every = (t for layer in layers for t in owned_tensors(self.spec, layer))
+        return [own for t in every for own in (self.stored(t, self.files),) if own.is_packed]
 
     def size(
         self,
@@ -86,7 +96,8 @@ class Source:
                 disk_bytes=num_bytes,
                 near_bytes=num_bytes,
                 scratch_bytes=decoded_bytes if decodes else 0,
-                rows_per_cut=layout.rows_per_cut,
+                num_cuts=-(-layout.shape[0] // layout.rows_per_cut),
+                num_parts=len(layout.parts),
             )
         if self.files is None:
             return TensorSize(disk_bytes=decoded_bytes, near_bytes=decoded_bytes)
@@ -96,7 +107,9 @@ class Source:
                 disk_bytes=stored.num_bytes,
                 near_bytes=stored.num_bytes,
                 scratch_bytes=decoded_bytes,
-                rows_per_cut=stored.layout.rows_per_cut,
+                num_cuts=-(-stored.shape[0] // stored.layout.rows_per_cut),
+                num_parts=len(stored.layout.parts),
+                whole_bytes=stored.whole_bytes,
             )
         near_bytes = stored.num_bytes if stored.is_exact else decoded_bytes
         return TensorSize(disk_bytes=stored.num_bytes, near_bytes=near_bytes)
@@ -158,20 +171,25 @@ def open_source(
     if load_format == "dummy":
         return _dummy(model)
     checkpoint = open_checkpoint(str(MODEL_DIR) if model is None else model, revision)
-    spec = _as_tied(spec_of(checkpoint.config, checkpoint.generation_config), checkpoint)
-    packing = format_of(checkpoint.config)
+    spec = spec_of(checkpoint.config, checkpoint.generation_config)
+    packings = formats_of(checkpoint.config)
+    spec = _as_tied(spec, checkpoint, packings)
     wanted: dict[str, Wanted] = {}
+    known: list[Known] = []
     for layer in range(spec.num_schedule_layers):
         for tensor in owned_tensors(spec, layer):
-            for part in find(tensor, checkpoint.tensors, packing).layout.parts:
+            layout = _find(spec, tensor, checkpoint.tensors, packings).layout
+            known += layout.known
+            for part in layout.parts:
                 wanted[part.name] = Wanted(shape=in_file(part, tensor), dtypes=part.dtypes)
     files = require(checkpoint, wanted)
-    others = unexpected(checkpoint, wanted)
+    beside = {each.name for each in known} - set(wanted)
+    _check(checkpoint, [each for each in known if each.name in beside])
+    others = [name for name in unexpected(checkpoint, wanted) if name not in beside]
     _tell_of(checkpoint, [name for name in others if name.startswith(spec.unused)])
+    ignored = (*IGNORED_SUFFIXES, *(end for packing in packings for end in packing.unused))
     extra = [
-        name
-        for name in others
-        if not name.startswith(spec.unused) and not name.endswith(IGNORED_SUFFIXES)
+        name for name in others if not name.startswith(spec.unused) and not name.endswith(ignored)
     ]
     if extra:
         raise UnsupportedModel(
@@ -182,23 +200,63 @@ def open_source(
         name="flexport-demo" if model is None else checkpoint.name,
         spec=spec,
         files=files,
-        packing=packing,
+        packings=packings,
         directory=checkpoint.directory,
     )
 
 
-def _as_tied(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+def _find(
+    spec: ModelSpec,
+    tensor: TensorSpec,
+    names: Mapping[str, FileTensor],
+    packings: Sequence[Format],
+    form: Compressed | None = None,
+) -> Stored:
+    """How these tensors store one of the model; a tied head is read by rows, and so never packed."""
+    is_table = spec.tied_head and tensor.slot == "head.weight"
+    return find(tensor, names, () if is_table else packings, form)
+
+
+def _check(checkpoint: Checkpoint, known: Sequence[Known]) -> None:
+    """Raise CheckpointError if a tensor that would be left out holds something else."""
+    problems = []
+    for each in known:
+        tensor = checkpoint.tensors[each.name]
+        if each.group is None:
+            if not each.is_held_by(content(tensor)):
+                problems.append(f"{each.name}: should be all 0, as the model has no such tensor")
+        elif tensor.dtype != "int32" or not each.is_held_by(content(tensor)):
+            problems.append(
+                f"{each.name}: rows are not in groups of {each.group} neighbours, as its config has "
+                "it; if they are in act order, desc_act should be true there"
+            )
+    if problems:
+        raise refusal(f"the tensors of {checkpoint.name} contradict its config.json", problems)
+
+
+def _as_tied(spec: ModelSpec, checkpoint: Checkpoint, packings: Sequence[Format]) -> ModelSpec:
     """The spec, its head no longer tied if the checkpoint has one that differs from the token table.
+
+    A packed one does.
 
     That is how transformers takes a config that says otherwise.
     """
     if not spec.tied_head:
         return spec
-    names = [name for name in spec.names["head"] if f"{name}.weight" in checkpoint.tensors]
+    plain = [name for name in spec.names["head"] if f"{name}.weight" in checkpoint.tensors]
+    shape = (spec.vocab_size, spec.embed_size)
+    packed = [
+        name
+        for name in spec.names["head"]
+        if any(each.layout(f"{name}.weight", shape, checkpoint.tensors) for each in packings)
+    ]
+    names = [*(name for name in plain if name not in packed), *packed]
     if len(names) < 2:
         return spec
     table, head = names[0], names[-1]
-    if same_values(checkpoint.tensors[f"{table}.weight"], checkpoint.tensors[f"{head}.weight"]):
+    if not packed and same_values(
+        checkpoint.tensors[f"{table}.weight"], checkpoint.tensors[f"{head}.weight"]
+    ):
         return spec
     own = {**spec.names, "tokens": (table,), "head": (head,)}
     return replace(spec, tied_head=False, names=own)

@@ -8,7 +8,7 @@ Torch is not imported here, so that a checkpoint can be looked at, and refused, 
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flexport.codecs.compressed import Compressed
@@ -31,8 +31,12 @@ class TensorSize:
     """Where it stays near the device: decoded, or packed as it is."""
     scratch_bytes: int = 0
     """Of a packed one, the numbers that it becomes wherever it is computed with."""
-    rows_per_cut: int = 1
-    """It can be cut between so many rows only."""
+    num_cuts: int | None = None
+    """It can be cut into so many pieces only; None: into rows."""
+    num_parts: int = 1
+    """It lies in so many places."""
+    whole_bytes: int = 0
+    """Of disk_bytes, those that all of its rows need: each piece of it has them again."""
 
     @classmethod
     def plain(cls, tensor: TensorSpec, file_item_bytes: int, item_bytes: int) -> TensorSize:
@@ -49,7 +53,7 @@ class Stored:
 
     tensor: TensorSpec
     layout: Layout
-    format: Format | None = None
+    format: Format | Compressed | None = None
     """None: plain numbers."""
     files: tuple[FileTensor, ...] = ()
     """Of each part."""
@@ -81,6 +85,12 @@ class Stored:
         """All its parts."""
         return sum(file.num_bytes for file in self.files)
 
+    @property
+    def whole_bytes(self) -> int:
+        """Of these, what all of its rows need."""
+        parts = zip(self.layout.parts, self.files, strict=True)
+        return sum(file.num_bytes for part, file in parts if not part.rows_per_line)
+
     def placed(self, files: Mapping[str, FileTensor]) -> Stored:
         """The same, with where its parts lie."""
         own = tuple(_own(files[part.name], part, self.slice_of) for part in self.layout.parts)
@@ -89,24 +99,32 @@ class Stored:
 
 def find(
     tensor: TensorSpec,
-    names: Container[str],
-    packing: Format | None,
+    names: Mapping[str, FileTensor],
+    packings: Sequence[Format] = (),
     form: Compressed | None = None,
 ) -> Stored:
-    """How files with these names store `tensor`; as plain numbers if they have none of it.
+    """How these tensors of files store `tensor`; as plain numbers if they have none of it.
 
-    `packing` is the checkpoint's own, `form` that in which flexport has packed it, if it has.
+    `packings` are the checkpoint's own; of several forms that have tensors of these names it is the
+    first whose shapes fit. `form` is that in which flexport has packed matrices, if it has.
     """
-    if form is not None and (made := packed_layout(tensor, form, names)) is not None:
+    made = None if form is None else packed_layout(tensor, form)
+    if made is not None and made.parts[0].name in names:
         return Stored(tensor=tensor, layout=made, format=form)
-    if packing is not None and tensor.kind in ("matrix", "operand"):
+    found: list[Stored] = []
+    if tensor.kind in ("matrix", "operand"):
         rows, features = tensor.shape
-        for name in tensor.names:
-            layout = packing.layout(name, (rows, features), names, transposed=tensor.transposed)
-            if layout is not None:
-                return Stored(
-                    tensor=tensor, layout=layout, format=packing, slice_of=tensor.slice_of
-                )
+        for packing in packings:
+            for name in tensor.names:
+                layout = packing.layout(name, (rows, features), names, transposed=tensor.transposed)
+                if layout is not None:
+                    found.append(
+                        Stored(
+                            tensor=tensor, layout=layout, format=packing, slice_of=tensor.slice_of
+                        )
+                    )
+    if found:
+        return next((stored for stored in found if _fits(stored, names)), found[0])
     name = next((name for name in tensor.names if name in names), tensor.names[0])
     plain = Part(name=name, shape=tensor.shape)
     layout = Layout(parts=(plain,), shape=tensor.shape, transposed=tensor.transposed)
@@ -119,26 +137,23 @@ def packed_name(tensor: TensorSpec) -> str:
     return tensor.names[0] + suffix
 
 
-class _Every:
-    """The names of files that are still to be made."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-
-EVERY = _Every()
-
-
-def packed_layout(
-    tensor: TensorSpec, form: Compressed, names: Container[str] = EVERY
-) -> Layout | None:
-    """How a tensor lies that flexport packs, in files with these names; None if it stays as it is."""
+def packed_layout(tensor: TensorSpec, form: Compressed) -> Layout | None:
+    """How a tensor lies that flexport packs; None if it stays as it is."""
     if tensor.kind != "matrix" or tensor.slot in _ENDS:
         return None
-    first, second = tensor.shape
-    if not form.fits((second, first) if tensor.transposed else (first, second)):
+    rows, features = tensor.shape[::-1] if tensor.transposed else tensor.shape
+    if not form.fits((rows, features)):
         return None
-    return form.layout(packed_name(tensor), (first, second), names, transposed=tensor.transposed)
+    return form.layout(packed_name(tensor), (rows, features))
+
+
+def _fits(stored: Stored, names: Mapping[str, FileTensor]) -> bool:
+    return all(
+        part.name in names
+        and names[part.name].shape == in_file(part, stored.tensor)
+        and (part.dtypes is None or names[part.name].dtype in part.dtypes)
+        for part in stored.layout.parts
+    )
 
 
 def in_file(part: Part, tensor: TensorSpec) -> tuple[int, ...]:

@@ -29,10 +29,10 @@ __all__ = ["Matrix", "NewFile", "Packing", "plan_packing", "refuse_packed"]
 
 def refuse_packed(source: Source, form: Compressed) -> None:
     """Raises PolicyError for a checkpoint that has come packed."""
-    if source.packing is not None:
+    if source.packings:
         raise PolicyError(
             f"--compress-weights {form.name}: the weights of {source.name} are packed already, as "
-            f"{source.packing.name}, and run as they are; leave --compress-weights out"
+            f"{source.packings[0].name}, and run as they are; leave --compress-weights out"
         )
 
 
@@ -166,7 +166,7 @@ def plan_packing(source: Source, files: Mapping[str, FileTensor], form: Compress
             layout = packed_layout(tensor, form)
             if layout is None:
                 continue
-            stored = find(tensor, files, None).placed(files)
+            stored = find(tensor, files).placed(files)
             (file,) = stored.files
             place = (file.path, file.offset_bytes, tensor.shape, tensor.transposed)
             if place not in written:

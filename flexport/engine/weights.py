@@ -85,10 +85,11 @@ class ModelWeights:
         self._shards = layers
         self._resident: list[_Parts] = [defaultdict(list) for _ in layers]
         self._streams: list[list[_Stream]] = [[] for _ in layers]
-        self.transposed = frozenset(
-            shard.slot for shards in layers for shard in shards if shard.stored.transposed
-        )
-        """Slots of matrices that lie as (features in, features out), in whatever layer."""
+        self._transposed = [
+            frozenset(shard.slot for shard in shards if shard.stored.transposed)
+            for shards in layers
+        ]
+        """Of each layer, slots of matrices that lie as (features in, features out)."""
         self._experts: list[dict[int, list[_Stream]]] = [{} for _ in layers]
         """What streams of each expert, of those that do not stay as a whole."""
         self._window: ExpertWindow | None = None
@@ -141,7 +142,14 @@ class ModelWeights:
             for shard in bundle.shards:
                 on_host[shard.slot].append((shard.begin, self._on_host[shard]))
         lease = LayerLease(
-            self, self._store, self._resident[layer], leases, self._dtype, host, on_host
+            self,
+            self._store,
+            self._resident[layer],
+            leases,
+            self._dtype,
+            self._transposed[layer],
+            host,
+            on_host,
         )
         if self._window is not None and self._experts[layer]:
             lease.stream_experts(self._experts[layer], self._window)
@@ -358,10 +366,15 @@ class LayerLease:
         resident: Mapping[str, list[tuple[int, _Weight]]],
         leases: Sequence[tuple[Bundle, Kept, Lease]],
         dtype: torch.dtype,
+        transposed: frozenset[str],
         host: HostCompute | None = None,
         on_host: Mapping[str, list[tuple[int, Tensor]]] | None = None,
     ) -> None:
-        """`on_host` are parts of matrices, with their first rows, that `host` multiplies with."""
+        """`on_host` are parts of matrices, with their first rows, that `host` multiplies with.
+
+        `transposed` are the slots of those whose rows are features in.
+        """
+        self._transposed = transposed
         self._host = host
         self._on_host = on_host or {}
         self._model = model
@@ -419,7 +432,7 @@ class LayerLease:
         packed: list[tuple[str, int, PackedMatrix, Tensor | None]] = []
         for part in parts:
             bias_F, shards = self._bias(part), self._for_product(f"{part}.weight", len(x_TD))
-            if f"{part}.weight" in self._model.transposed:
+            if f"{part}.weight" in self._transposed:
                 pieces[part] = [(0, self._sum_of_products(x_TD, shards, bias_F))]
                 continue
             for begin, weight in shards:
@@ -563,7 +576,9 @@ class LayerLease:
         for _, weight in self._all()[slot]:
             assert not isinstance(weight, PackedMatrix), f"{slot} is settled for products"
             values.append(self._decoded_values(weight) if isinstance(weight, _Packed) else weight)
-        whole = values[0] if len(values) == 1 else torch.cat(values)
+        # Of a transposed matrix, parts follow each other along features in.
+        along = 1 if slot in self._transposed else 0
+        whole = values[0] if len(values) == 1 else torch.cat(values, along)
         self._all()[slot] = [(0, whole)]
         return whole
 

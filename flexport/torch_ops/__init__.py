@@ -19,6 +19,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "uint8": torch.uint8,
     "int8": torch.int8,
+    "int32": torch.int32,
 }
 """The dtypes a checkpoint may hold, by the names torch and transformers use."""
 

@@ -144,7 +144,7 @@ def test_a_directory_says_what_its_checkpoint_holds(capsys, tmp_path):
         "complete": True,
         "num_bytes": 2 * data["parameters"],
         "dtype": "bfloat16",
-        "packing": "none",
+        "packing": None,
     }
 
 
