@@ -16,7 +16,10 @@ from typing import Any
 
 from flexport.errors import PolicyError
 
-__all__ = ["Budgets", "Policy", "Split", "Tier"]
+__all__ = ["CACHE_CODECS", "Budgets", "Policy", "Split", "Tier"]
+
+CACHE_CODECS = ("none", "int8", "int4")
+"""What a KV cache may be kept in: the dtype computed in, or 8 or 4 bits a value."""
 
 
 class Tier(Enum):
@@ -74,6 +77,10 @@ class Policy:
     sweep of decode steps multiplies with those rows of the query, key and value matrices that are
     at home on the host on the CPU too, so that they stay where they are. Where host and device are
     one memory there is nothing to spare, and neither may be asked for.
+
+    compress_cache is what the KV cache is kept in, but for the newest tokens: "none" (the dtype
+    computed in), "int8" or "int4". Prompts attend to what they are before it is packed, one layer
+    at a time, so they pass all layers in one sweep: sweep_tokens must be 0 then.
     """
 
     weights: Split = Split()
@@ -85,6 +92,7 @@ class Policy:
     sweep_tokens: int = 0
     cpu_attention: bool = False
     cpu_projections: bool = False
+    compress_cache: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("cpu_attention", "cpu_projections"):
@@ -97,6 +105,16 @@ class Policy:
         if not isinstance(self.sweep_tokens, int) or self.sweep_tokens < 0:
             raise PolicyError(
                 f"sweep_tokens must be >= 0 (0 = no bound), got {self.sweep_tokens!r}"
+            )
+        if self.compress_cache not in CACHE_CODECS:
+            raise PolicyError(
+                f"compress_cache is one of {', '.join(CACHE_CODECS)}, got {self.compress_cache!r}"
+            )
+        if self.compress_cache != "none" and self.sweep_tokens:
+            raise PolicyError(
+                f"compress_cache {self.compress_cache} and sweep_tokens {self.sweep_tokens} don't go "
+                "together: a prompt that several sweeps share would have to stay uncompressed in all "
+                "layers until its end; leave sweep_tokens out, or 0, or compress_cache"
             )
 
     @property

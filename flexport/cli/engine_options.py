@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flexport.errors import UsageError
-from flexport.policy import Policy
+from flexport.policy import CACHE_CODECS, Policy
 from flexport.units import parse_bytes
 
 __all__ = ["add_engine_arguments", "engine_settings"]
@@ -20,7 +20,7 @@ __all__ = ["add_engine_arguments", "engine_settings"]
 _SHARES = ("WD", "WH", "KD", "KH", "AD", "AH")
 
 _BLOCK_OPTIONS = ("batch_size", "num_batches", "prefill_tokens", "sweep_tokens")
-_POLICY_OPTIONS = ("percent", *_BLOCK_OPTIONS, "cpu_attention")
+_POLICY_OPTIONS = ("percent", *_BLOCK_OPTIONS, "cpu_attention", "compress_cache")
 _SETTINGS = (
     "model",
     "revision",
@@ -117,6 +117,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="attend on the CPU over the cache that is not on the device, so that queries and "
         "results cross the link in its place; auto: where that is predicted to be faster "
         "(default: auto)",
+    )
+
+    plan.add_argument(
+        "--compress-cache",
+        choices=CACHE_CODECS,
+        help="what the KV cache is kept in, but for the newest tokens: 8 or 4 bits a value, scales on "
+        "top, or none, the dtype computed in. It changes the answers a little; needs prompts that "
+        "no --sweep-tokens share out (default: none)",
     )
 
     budgets = parser.add_argument_group(

@@ -21,7 +21,7 @@ from flexport.backend import Backend, Capabilities
 from flexport.engine.attempts import forget, joined, retry
 from flexport.engine.in_flight import InFlight
 from flexport.engine.limits import default_budgets, dtype_for
-from flexport.engine.plan import Plan, model_sizes
+from flexport.engine.plan import Plan, cache_bits, model_sizes
 from flexport.engine.source import open_source
 from flexport.engine.trace import Trace
 from flexport.errors import DoesNotFit, OutOfMemory, PolicyError, UsageError
@@ -374,6 +374,7 @@ class Engine:
             budgets=self.budgets,
             page_tokens=page_tokens_for(policy, preferred),
             stream_bytes=round(policy.weights.disk * self._sizes.stream_bytes),
+            cache_bits=cache_bits(self.spec, policy.compress_cache, VALUE_BYTES[self.dtype]),
         )
 
     def _footprint(self, job: JobSizes, policy: Policy) -> Footprint:

@@ -12,7 +12,7 @@ from flexport.engine.engine import Engine
 from flexport.engine.plan import Plan
 from flexport.errors import PolicyError, RowError, UsageError
 from flexport.planner.auto import Choice
-from flexport.policy import Policy
+from flexport.policy import CACHE_CODECS, Policy
 from flexport.records import CompletionOutput, Request, RequestOutput, SamplingParams
 from flexport.tokenizer import Tokenizer
 from flexport.units import parse_bytes
@@ -47,6 +47,7 @@ class LLM:
         prefill_tokens: int | None = None,
         sweep_tokens: int | None = None,
         cpu_attention: Literal["auto", "on", "off"] = "auto",
+        compress_cache: Literal["none", "int8", "int4"] = "none",
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
@@ -75,6 +76,7 @@ class LLM:
             prefill_tokens=prefill_tokens,
             sweep_tokens=sweep_tokens,
             cpu_attention=_switch("cpu_attention", cpu_attention),
+            compress_cache=_cache_codec(compress_cache),
         )
         if policy != "auto" and choice != Choice():
             raise PolicyError(
@@ -279,3 +281,9 @@ def _switch(name: str, value: str) -> bool | None:
     if value not in ("auto", "on", "off"):
         raise UsageError(f"{name} is 'auto', 'on' or 'off', got {value!r}")
     return None if value == "auto" else value == "on"
+
+
+def _cache_codec(name: str) -> str:
+    if name not in CACHE_CODECS:
+        raise UsageError(f"compress_cache is one of {', '.join(CACHE_CODECS)}, got {name!r}")
+    return name

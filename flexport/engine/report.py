@@ -67,6 +67,9 @@ def report(
         "wait_seconds": {"compute": clock.wait_s},
         "tokens": tokens,
         "throughput": throughput(tokens, seconds),
+        "compression": {
+            "cache": {"codec": plan.policy.compress_cache, "bits": plan.cache_bits},
+        },
         "predicted": plan.to_dict()["needs"],
         "plan": plan.to_dict(),
         "machine": {
