@@ -5,12 +5,13 @@ byte, the first in its lower half, and the two numbers are float16; with 8 bits 
 A row of groups side by side is a row of FBGEMM's quantised tables, as
 torch.ops.quantized.embedding_bag_4bit_prepack and embedding_bag_byte_prepack make them.
 
-The scale is (max - minimum) / (2^bits - 1), and codes are chosen for the numbers as they are kept.
-These are rounded down, so that nothing that is decoded lies above the group's maximum: what fits
-float16 before, fits it after. The error of a value is at most scale / 2 and, in 4 bits,
-what 15 times a float16's rounding adds: another 1/70 of the scale, or of what is the smallest float16. A
-minimum far from 0 is itself rounded by up to 1/1000, and its group's range is that much wider. In 4
-bits values below -65504 become that, and a range of more than 15 * 65504 ends there.
+The scale is (max - minimum) / (2^bits - 1), and codes are chosen for the two numbers as they are
+kept. To float16 these are rounded down, so that nothing that is decoded lies above its group's
+maximum: what fits float16 before, fits it after. The error of a value is at most scale / 2; in 4
+bits 15 roundings of the scale come on top, each 2^-10 of it or 2^-24, and a minimum far from 0 is
+rounded by 2^-10 of itself, so that its group's range is that much wider. What is below -65504 becomes
+that in 4 bits, and a range beyond 15 * 65504 ends there. A group whose values are all the same has
+scale 0.
 
 Dimension key: L lines (all leading axes), S values of a line, P groups of a line, V values of a
 group, B bytes of a group, C codes of a group, which are V or somewhat more.
@@ -31,6 +32,9 @@ AT_ONCE = 1 << 20
 """Values in one go: what lies between takes some megabytes, and kernels are worth a call."""
 
 _NIBBLES = 0x0F0F
+
+_BELOW_ZERO = -0x7FFF
+"""The bits of the float16 next to 0 on the other side."""
 
 
 def encode(values_LS: Tensor, packed_LPB: Tensor, groups: Groups) -> None:
@@ -116,13 +120,12 @@ def _number_dtype(groups: Groups) -> torch.dtype:
 
 
 def _rounded_down(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest number of a dtype that is no larger, in float32; the outermost for all beyond."""
+    """The largest number of a dtype that is not above x, in float32; the least for all below it."""
     if dtype is torch.float32:
         return x
     most = torch.finfo(dtype).max
-    near = x.clamp(-most, most)
-    rounded = near.to(dtype).float()
-    # One step further down is enough: nearest is at most half a step off.
-    below = near - near.abs() * torch.finfo(dtype).eps - torch.finfo(dtype).smallest_normal * 2**-10
-    below = below.clamp_(-most, most).to(dtype).float()
-    return torch.where(rounded > near, below, rounded)
+    near = x.clamp(-most, most).to(dtype)
+    # The bits of a float16 count up from 0 as it grows, and from -0 as it falls.
+    bits, wide = near.view(torch.int16), near.float()
+    below = torch.where(wide > 0, bits - 1, torch.where(wide < 0, bits + 1, _BELOW_ZERO))
+    return torch.where(wide > x.clamp_min(-most), below.view(dtype).float(), wide)
