@@ -24,6 +24,8 @@ from packed_reference import logits_of
 from torch import Tensor
 from torch.utils import backend_registration
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MinistralConfig,
@@ -35,6 +37,7 @@ from transformers import (
 import flexport
 from flexport import Policy, SamplingParams
 from flexport.engine.generation import Generation
+from flexport.errors import PolicyError
 from flexport.testing.discrete import DiscreteBackend
 
 AMPLE: dict[str, Any] = {"device_memory": "1GiB", "host_memory": "1GiB", "disk_memory": "1GiB"}
@@ -364,7 +367,7 @@ def test_a_latent_cache_is_packed_and_its_placement_changes_nothing(codec, laten
         assert differ(logits[row], elsewhere[row]) < TOLERANCE
         # As long as both go the same way, what was rounded is near what was not.
         same = common(ids[row], exact_ids[row])
-        assert differ(logits[row][:same], exact[row][:same]) < (0.1 if codec == "int8" else 1)
+        assert differ(logits[row][:same], exact[row][:same]) < (0.3 if codec == "int8" else 2)
     assert max(differ(a[1:2], b[1:2]) for a, b in zip(logits[2:], exact[2:], strict=True)) > 1e-4
 
 
@@ -436,9 +439,9 @@ def test_a_packed_cache_moves_that_much_less(codec, ratio, reference, nothing_le
     assert packed["host_to_disk"] < 1.5 * ratio * exact["host_to_disk"]
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4"])
-def test_a_cache_that_is_packed_makes_room_for_rows(codec, reference, plan_for):
-    """The plan of a block whose cache is most of what it takes."""
+@pytest.mark.parametrize(("codec", "share"), [("int8", 0.7), ("int4", 0.55)])
+def test_a_cache_that_is_packed_makes_room_for_rows(codec, share, reference, plan_for):
+    """A part of each row stays exact: of 299 columns the newest page, up to 64."""
     found = reference(WIDE)
     job = ([[5] * 200] * 64, [100] * 64)
     options: dict[str, Any] = {"model": found.directory, "dtype": "float32", "batch_size": 64}
@@ -448,7 +451,7 @@ def test_a_cache_that_is_packed_makes_room_for_rows(codec, reference, plan_for):
         for name in ("none", codec)
     )
 
-    assert packed.needs.cache_bytes[0] < 0.6 * exact.needs.cache_bytes[0]
+    assert packed.needs.cache_bytes[0] < share * exact.needs.cache_bytes[0]
     assert f"KV cache in {codec}, " in packed.describe()
     assert "KV cache in" not in exact.describe()
 
@@ -497,9 +500,9 @@ def test_a_job_that_is_not_finished_gives_back_what_its_prompts_held(reference, 
     assert again == first
 
 
-@pytest.mark.parametrize("options", [{"compress_cache": "int4", "sweep_tokens": 20}])
-def test_prompts_that_sweeps_share_out_are_refused(options, reference):
+def test_prompts_that_sweeps_share_out_are_refused(reference):
     found = reference(WIDE)
+    options: dict[str, Any] = {"compress_cache": "int4", "sweep_tokens": 20}
 
     with (
         pytest.raises(PolicyError, match="don't go together"),
