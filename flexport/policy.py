@@ -16,11 +16,14 @@ from typing import Any
 
 from flexport.errors import PolicyError
 
-__all__ = ["WEIGHT_CODECS", "Budgets", "Policy", "Split", "Tier"]
+__all__ = ["CACHE_CODECS", "WEIGHT_CODECS", "Budgets", "Policy", "Split", "Tier"]
 
 WEIGHT_CODECS = ("none", "int8", "int4", "int4:32", "int4:64", "int4:128", "int4:256")
 """How weights may be compressed. int8 has a scale a row; int4 a scale and a zero for each group of
 64 features, or of as many as are named."""
+
+CACHE_CODECS = ("none", "int8", "int4")
+"""What a KV cache may be kept in: the dtype computed in, or 8 or 4 bits a value."""
 
 
 class Tier(Enum):
@@ -80,6 +83,10 @@ class Policy:
     one memory there is nothing to spare, and neither may be asked for.
 
     compress_weights is how the decoder layers' matrices are packed, where they rest and travel.
+
+    compress_cache is what the KV cache is kept in, but for the newest tokens: "none" (the dtype
+    computed in), "int8" or "int4". Prompts attend to what they are before it is packed, one layer
+    at a time, so they pass all layers in one sweep: sweep_tokens must be 0 then.
     """
 
     weights: Split = Split()
@@ -92,6 +99,7 @@ class Policy:
     cpu_attention: bool = False
     cpu_projections: bool = False
     compress_weights: str = "none"
+    compress_cache: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("cpu_attention", "cpu_projections"):
@@ -109,6 +117,16 @@ class Policy:
         if not isinstance(self.sweep_tokens, int) or self.sweep_tokens < 0:
             raise PolicyError(
                 f"sweep_tokens must be >= 0 (0 = no bound), got {self.sweep_tokens!r}"
+            )
+        if self.compress_cache not in CACHE_CODECS:
+            raise PolicyError(
+                f"compress_cache is one of {', '.join(CACHE_CODECS)}, got {self.compress_cache!r}"
+            )
+        if self.compress_cache != "none" and self.sweep_tokens:
+            raise PolicyError(
+                f"compress_cache {self.compress_cache} and sweep_tokens {self.sweep_tokens} don't go "
+                "together: a prompt that several sweeps share would have to stay uncompressed in all "
+                "layers until its end; leave sweep_tokens out, or 0, or compress_cache"
             )
 
     @property

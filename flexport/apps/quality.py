@@ -20,7 +20,7 @@ from flexport.apps.batch import Generator, Progress
 from flexport.apps.demo import mark
 from flexport.errors import RunError, UsageError
 from flexport.models.spec import ModelSpec, num_parameters
-from flexport.policy import WEIGHT_CODECS
+from flexport.policy import CACHE_CODECS, WEIGHT_CODECS
 from flexport.tokenizer import Tokenizer
 from flexport.units import VALUE_BYTES
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from flexport.engine.scoring import Score
 
 __all__ = [
-    "CACHE_CODECS",
     "EXACT",
     "Codecs",
     "Compared",
@@ -43,8 +42,6 @@ __all__ = [
     "text_prefix",
     "windows",
 ]
-
-CACHE_CODECS = ("none", "int8", "int4")
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Tokens that are only looked back at, and the tokens after them, which are scored."""

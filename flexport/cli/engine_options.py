@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flexport.errors import UsageError
-from flexport.policy import WEIGHT_CODECS, Policy
+from flexport.policy import CACHE_CODECS, WEIGHT_CODECS, Policy
 from flexport.units import parse_bytes
 
 __all__ = ["add_engine_arguments", "engine_settings", "positive"]
@@ -20,7 +20,13 @@ __all__ = ["add_engine_arguments", "engine_settings", "positive"]
 _SHARES = ("WD", "WH", "KD", "KH", "AD", "AH")
 
 _BLOCK_OPTIONS = ("batch_size", "num_batches", "prefill_tokens", "sweep_tokens")
-_POLICY_OPTIONS = ("percent", *_BLOCK_OPTIONS, "cpu_attention", "compress_weights")
+_POLICY_OPTIONS = (
+    "percent",
+    *_BLOCK_OPTIONS,
+    "cpu_attention",
+    "compress_weights",
+    "compress_cache",
+)
 _SETTINGS = (
     "model",
     "revision",
@@ -125,6 +131,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="pack the matrices of the decoder layers, where they rest and where they travel, in 8 "
         "bits (a scale a row) or in 4 (a scale and a zero for each 64 features, or GROUP: 32, 64, "
         "128, 256); made once and kept, see `flexport pack` (default: none)",
+    )
+
+    plan.add_argument(
+        "--compress-cache",
+        choices=CACHE_CODECS,
+        help="what the KV cache is kept in, but for the newest tokens: 8 or 4 bits a value, scales on "
+        "top, or none, the dtype computed in. It changes the answers a little; needs prompts that "
+        "no --sweep-tokens share out (default: none)",
     )
 
     budgets = parser.add_argument_group(

@@ -122,12 +122,14 @@ class Admission:
         columns = max(lengths) + max_steps - 1
         # A prompt that sweeps share out may be cut anywhere.
         chunked = self._policy.sweep_tokens > 0 or max(lengths) > self._policy.visit_tokens
+        # Where pages are packed, no chunk attends to what earlier ones left in them.
+        is_read = max_steps > 1 or (chunked and self._policy.compress_cache == "none")
         cache = BatchCache(
             self._shape,
             self._store,
             lengths,
             self._dealers,
-            columns if max_steps > 1 or chunked else 0,
+            columns if is_read else 0,
             self._host_shape,
         )
         return Batch(

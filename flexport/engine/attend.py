@@ -21,6 +21,7 @@ from torch import Tensor
 from flexport.backend import AttentionSpec, Backend
 from flexport.engine.cache import BatchCache, Held, HeldBands
 from flexport.engine.host_compute import Crossing, HostCompute
+from flexport.engine.packed import pack_prompt_page
 from flexport.models.decoder import Attend
 from flexport.models.spec import Attention, LatentAttention
 from flexport.policy import Tier
@@ -157,6 +158,9 @@ class PieceAttention:
                 num_new = piece.stop - max(piece.start, self._cache.start(row))
                 spans.append((at, at + num_new))
                 at += num_new
+            is_packed = of_band.band.shape.packed is not None
+            if is_packed and self._cache.is_chunk(piece):
+                self._keep_chunk(of_band, k_TKE, v_TKE)
             for first, last, whole in self._runs(of_band.rows, spans):
                 begin, end = spans[first][0], spans[last - 1][1]
                 count = last - first
@@ -164,20 +168,31 @@ class PieceAttention:
                 keys = [_rows_first(k_TKE[begin:end], count)]
                 values = [_rows_first(v_TKE[begin:end], count)]
                 starts, length = None, span_q.shape[2]
-                if not whole:
+                if not whole and is_packed:
+                    earlier = self._cache.prompt(of_band)
+                    length = piece.stop - self._cache.start(of_band.rows[first])
+                    num_earlier = length - span_q.shape[2]
+                    keys, values = (
+                        [page[:, :, :num_earlier], *own]
+                        for page, own in zip(earlier, (keys, values), strict=True)
+                    )
+                elif not whole:
                     # What earlier pieces brought; where there is no page of it, no token sees it.
                     base = of_band.band.first_column(piece.start)
-                    earlier = self._cache.pages(of_band, first, last)
+                    pages = self._cache.pages(of_band, first, last)
                     keys, values = (
-                        [*_up_to(pages, piece.start - base), *own]
-                        for pages, own in zip(earlier, (keys, values), strict=True)
+                        [*_up_to(each, piece.start - base), *own]
+                        for each, own in zip(pages, (keys, values), strict=True)
                     )
                     starts = self._starts(of_band.rows[first:last], base)
                     length = piece.stop - base
                 spec = replace(self._attention, length=length, starts=starts, sinks=new.sinks)
                 o_NHLE = self._backend.attention(span_q, keys, values, spec)
                 out_THE[begin:end].view(count, -1, *q_THE.shape[1:]).copy_(o_NHLE.transpose(1, 2))
-            if self._keep:
+            if is_packed:
+                if self._cache.is_complete(piece):
+                    self._pack_prompt(of_band, spans, k_TKE, v_TKE)
+            elif self._keep:
                 self._append_prompt(of_band, spans, k_TKE, new.v)
 
     def _starts(self, rows: Sequence[int], base: int) -> tuple[int, ...] | None:
@@ -243,6 +258,44 @@ class PieceAttention:
                     if v_TKE is not None:
                         values_NKGE[index, :, columns] = v_TKE[tokens].transpose(0, 1)
 
+    def _keep_chunk(self, held: Held, k_TKE: Tensor, v_TKE: Tensor) -> None:
+        """Put the piece's part of a prompt beside those before it."""
+        (row,) = held.rows
+        columns = slice(
+            max(self._piece.start - self._cache.start(row), 0),
+            self._piece.stop - self._cache.start(row),
+        )
+        for kept_1KLE, x_TKE in zip(self._cache.prompt(held), (k_TKE, v_TKE), strict=True):
+            # Head by head first, as above.
+            kept_1KLE[0, :, columns] = x_TKE.transpose(0, 1).contiguous()
+
+    def _pack_prompt(
+        self, held: Held, spans: Sequence[tuple[int, int]], k_TKE: Tensor, v_TKE: Tensor
+    ) -> None:
+        """Pack the prompts of the held rows, which are complete; each page goes home at once."""
+        cache, band, packed = self._cache, held.band, held.band.shape.packed
+        assert packed is not None, "nothing here is packed"
+        runs: list[tuple[slice, tuple[Tensor, Tensor]]] = []
+        if cache.is_chunk(self._piece):
+            runs.append((slice(0, 1), cache.prompt(held)))
+        else:
+            for first, last, _ in self._runs(held.rows, spans):
+                begin, end = spans[first][0], spans[last - 1][1]
+                k_nKLE, v_nKLE = (_rows_first(x[begin:end], last - first) for x in (k_TKE, v_TKE))
+                runs.append((slice(first, last), (k_nKLE, v_nKLE)))
+        if self._keep:
+            while band.num_made < band.num_prompt_pages:
+                cache.new_page(band, is_open=False)
+            for number in range(band.num_prompt_pages):
+                low, high = band.edges[number : number + 2]
+                planes = cache.changing(held, number)
+                for rows, exact in runs:
+                    first_column = low - (band.edges[band.num_prompt_pages] - exact[0].shape[2])
+                    own = [plane[rows] for plane in planes]
+                    pack_prompt_page(packed, exact, own, first_column, high - low)
+                cache.send(held, number)
+        cache.end_prompt(band)
+
     # ---- decode
 
     def _step(self, step: _Step, kernels: _Attends, new: _New) -> Tensor:
@@ -260,8 +313,13 @@ class PieceAttention:
             starts=self._starts(band.rows, base),
             sinks=new.sinks,
         )
-        keys, values = self._cache.pages(step.held, 0, len(band.rows))
-        o_NHE = kernels.attention(new.q.unsqueeze(2), keys, values, spec).squeeze(2)
+        parts = []
+        for first, last, keys, values in self._cache.unpacked(step.held):
+            starts = None if spec.starts is None else spec.starts[first:last]
+            own = replace(spec, starts=starts)
+            q_NHLE = new.q[first:last].unsqueeze(2)
+            parts.append(kernels.attention(q_NHLE, keys, values, own).squeeze(2))
+        o_NHE = parts[0] if len(parts) == 1 else torch.cat(parts)
         return o_NHE if index_N is None else o_NHE[index_N]
 
     def _append_step(self, held: Held, k_NKE: Tensor, v_NKE: Tensor | None) -> None:

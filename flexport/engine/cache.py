@@ -13,6 +13,11 @@ A layer with a window keeps what a step can still see. Of a prompt that is longe
 is room for its last columns only; until it is complete, they are the last ones it has come to, and
 move up with each chunk. Later a page goes when it has left the window.
 
+A cache that is kept in 8 or 4 bits is packed page by page: a prompt's pages when its row's prompt is
+complete, a page of decoded tokens when its last column is filled; till then it is exact. To be
+attended to, pages are unpacked, some rows of one layer at a time. A prompt that comes in chunks
+passes a layer chunk after chunk, and is kept exact for as long, beside the pages.
+
 Rows that have ended are left out of all computing at once; their share of a page goes when less
 than half of a band's rows live, so that all the copying together costs no more than one pass.
 
@@ -22,20 +27,23 @@ Dimension key: N rows of a band, K key/value heads, G columns of a page, E featu
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from flexport.backend import Ticket
+from flexport.engine.packed import PackedShape, pack, unpack
 from flexport.engine.pages import CacheShape, PageShape
 from flexport.errors import OutOfMemory
-from flexport.planner.columns import edges_of, first_seen, most_kept, page_widths
+from flexport.planner.columns import edges_of, first_seen, most_kept
+from flexport.planner.footprint import UNPACKED_BYTES
 from flexport.policy import Tier
 from flexport.schedule.order import Piece
 from flexport.store.place import Dealer
-from flexport.store.pool import Promise
+from flexport.store.pool import Buffer, Promise
 from flexport.store.store import Kept, Lease, Store
 
 __all__ = ["Band", "BatchCache", "Held", "HeldBands"]
@@ -63,6 +71,15 @@ class Band:
     """The number of the next page."""
     promised_bytes: int = 0
     """Memory that is set aside for pages to come."""
+    exact: int | None = None
+    """Where pages are packed, the newest one's number as long as it is not."""
+    prompt: Buffer | None = None
+    """Where pages are packed, what is there of a prompt that comes in chunks, while it does."""
+
+    def form(self, number: int) -> PageShape | PackedShape:
+        """What a page looks like."""
+        packed = self.shape.packed
+        return self.shape if packed is None or number == self.exact else packed
 
     def first_column(self, stop: int) -> int:
         """The batch's column that is the pages' first, when prompts have come to column `stop`."""
@@ -147,9 +164,7 @@ class BatchCache:
             of_prompt: tuple[int, ...] = ()
             of_decoded: tuple[int, ...] = ()
             if self._max_columns:
-                of_prompt, of_decoded = page_widths(
-                    longest, decoded, self._shape.page_tokens, shape.window
-                )
+                of_prompt, of_decoded = shape.widths(longest, decoded, self._shape.page_tokens)
             host_shape = None if part.tier is Tier.DEVICE else self._host_shape
             bands.append(
                 Band(
@@ -168,16 +183,21 @@ class BatchCache:
     def _promise(self, band: Band) -> None:
         """Set aside what the band's pages to come will take of memory, no more and no less."""
         pool = self._store.pool(band.home)
-        num_pages = len(band.edges) - 1 if band.rows else 0
-        sizes = [pool.rounded(self._page_bytes(band, number)) for number in range(num_pages)]
+        num_rows, shape = len(band.rows), band.shape
+        edges = band.edges if band.rows else [0]
+        widths = [stop - start for start, stop in pairwise(edges)]
         if band.home is Tier.DISK:
             # Pages at home on disk pass through memory one by one, as they are decoded.
             is_open = any(page.home is not Tier.DISK for page in band.pages.values())
-            to_come = sizes[max(band.num_made, band.num_prompt_pages) :]
-            wanted_bytes = 0 if is_open else max(to_come, default=0)
+            to_come = widths[max(band.num_made, band.num_prompt_pages) :]
+            wanted_bytes = shape.page_bytes(num_rows, 0 if is_open else max(to_come, default=0))
         else:
-            most_bytes = most_kept(sizes, band.edges, band.shape.window, band.num_made)
-            wanted_bytes = max(0, most_bytes - sum(sizes[number] for number in band.pages))
+            cut = band.num_prompt_pages
+            sizes, beside = shape.page_sizes(num_rows, widths[:cut], widths[cut:])
+            first = band.num_made if band.exact is None else band.exact
+            most_bytes = most_kept(sizes, edges, shape.window, first, beside)
+            kept_bytes = sum(page.num_bytes for page in band.pages.values())
+            wanted_bytes = max(0, most_bytes - kept_bytes)
         if wanted_bytes > band.promised_bytes:
             more_bytes = wanted_bytes - band.promised_bytes
             self._promises[pool].add(more_bytes, self._store.wait_for_a_write)
@@ -223,6 +243,8 @@ class BatchCache:
             num_live = sum(row in alive for row in band.rows)
             if piece.rows is None:
                 self._drop_unseen(of_band, piece.stop)
+                if num_live:
+                    self._pack_complete(of_band, piece.stop)
                 if num_live and self._should_shrink(band, num_live):
                     self._shrink(of_band, alive, piece.stop)
                     continue
@@ -253,16 +275,16 @@ class BatchCache:
         """The batch's column of a row's first token."""
         return self._columns - self._lengths[row]
 
-    def views(self, held: Held, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the held rows of a page, each (N, K, G, E)."""
+    def views(self, held: Held, number: int) -> tuple[Tensor, ...]:
+        """Keys and values of the held rows of a page, each (N, K, G, E); or packed ones."""
         low, high = held.band.edges[number : number + 2]
-        lease = held.leases[number]
+        lease, form = held.leases[number], held.band.form(number)
         if not lease.in_place:
-            return held.band.shape.views(lease.bytes_B, held.end - held.begin, high - low)
-        keys, values = held.band.shape.views(lease.bytes_B, len(held.band.rows), high - low)
-        return keys[held.begin : held.end], values[held.begin : held.end]
+            return form.views(lease.bytes_B, held.end - held.begin, high - low)
+        views = form.views(lease.bytes_B, len(held.band.rows), high - low)
+        return tuple(view[held.begin : held.end] for view in views)
 
-    def changing(self, held: Held, number: int) -> tuple[Tensor, Tensor]:
+    def changing(self, held: Held, number: int) -> tuple[Tensor, ...]:
         """The same, to be written to; what is not held of it yet is undefined."""
         if number not in held.leases:
             page, ranges = held.band.pages[number], self._ranges(held, number)
@@ -275,17 +297,84 @@ class BatchCache:
         views = [self.views(held, number) for number in sorted(held.leases)]
         return [keys[first:last] for keys, _ in views], [values[first:last] for _, values in views]
 
+    def unpacked(self, held: Held) -> Iterator[tuple[int, int, list[Tensor], list[Tensor]]]:
+        """First and last of some held rows, and their keys and values page by page; then others.
+
+        What is packed is unpacked for as many rows as there is room for; it is valid until the next
+        ones are asked for.
+        """
+        band, numbers, num_rows = held.band, sorted(held.leases), held.end - held.begin
+        packed = band.shape.packed
+        widths = {
+            number: band.edges[number + 1] - band.edges[number]
+            for number in numbers
+            if number != band.exact
+        }
+        if packed is None or not widths:
+            yield 0, num_rows, *self.pages(held, 0, num_rows)
+            return
+        row_bytes = sum(band.shape.page_bytes(1, width) for width in widths.values())
+        at_once = min(num_rows, max(1, UNPACKED_BYTES // row_bytes))
+        pool = self._store.pool(held.near)
+        buffer = pool.take(at_once * row_bytes, self._store.wait_for_a_write)
+        try:
+            for first in range(0, num_rows, at_once):
+                last = min(first + at_once, num_rows)
+                keys, values, at = [], [], 0
+                for number in numbers:
+                    views = tuple(view[first:last] for view in self.views(held, number))
+                    if number in widths:
+                        width = widths[number]
+                        page = band.shape.views(buffer.bytes_B[at:], last - first, width)
+                        unpack(packed, views, page)
+                        at += band.shape.page_bytes(last - first, width)
+                        views = page
+                    keys.append(views[0])
+                    values.append(views[1])
+                yield first, last, keys, values
+        finally:
+            pool.give_back(buffer)
+
     def new_page(self, band: Band, *, is_open: bool) -> None:
         """The band's next page, at its home; one that is open goes on growing for some steps."""
-        num_bytes = self._page_bytes(band, band.num_made)
-        if band.home is not Tier.DISK or is_open:
-            pool = self._store.pool(band.home)
-            drawn_bytes = min(pool.rounded(num_bytes), band.promised_bytes)
-            band.promised_bytes -= drawn_bytes
-            self._promises[pool].draw(drawn_bytes)
-        keep = self._store.keep_open if is_open else self._store.keep
-        band.pages[band.num_made] = keep("cache", num_bytes, band.home)
+        if is_open and band.shape.packed is not None:
+            band.exact = band.num_made
+        self._make_page(band, band.num_made, is_open=is_open)
         band.num_made += 1
+
+    def send(self, held: Held, number: int) -> None:
+        """Send a page home that is complete, and that the visit does not ask for any more."""
+        held.changed.discard(number)
+        self._store.write_back(held.band.pages[number], held.leases.pop(number))
+
+    # ---- prompts in chunks, where pages are packed
+
+    def is_chunk(self, piece: Piece) -> bool:
+        """Whether the piece is a part of a prompt."""
+        assert piece.rows is not None, piece
+        return piece.stop < self._columns or self.start(piece.rows[0]) < piece.start
+
+    def is_complete(self, piece: Piece) -> bool:
+        """Whether its rows' prompts end with the piece."""
+        return piece.stop == self._columns
+
+    def prompt(self, held: Held) -> tuple[Tensor, Tensor]:
+        """Room for keys and values of the held row's prompt, each (1, K, L, E).
+
+        It holds what was written to it since it was first asked for, until `end_prompt`.
+        """
+        band, (row,) = held.band, held.rows
+        length = self._lengths[row]
+        if band.prompt is None:
+            num_bytes = band.shape.page_bytes(1, length)
+            band.prompt = self._store.device.take(num_bytes, self._store.wait_for_a_write)
+        return band.shape.views(band.prompt.bytes_B, 1, length)
+
+    def end_prompt(self, band: Band) -> None:
+        """What `prompt` gave is not needed any more."""
+        if band.prompt is not None:
+            self._store.device.give_back(band.prompt)
+            band.prompt = None
 
     # ---- inside
 
@@ -309,6 +398,8 @@ class BatchCache:
         """Numbers of the pages that hold what the piece attends to and does not bring itself."""
         if piece.rows is None:
             return band.pages
+        if band.shape.packed is not None:
+            return ()
         if all(self.start(row) >= piece.start for row in range(*piece.rows)):
             return ()
         last_column = piece.start - 1 - band.first_column(piece.start)
@@ -317,14 +408,45 @@ class BatchCache:
     def _page_bytes(self, band: Band, number: int, num_rows: int | None = None) -> int:
         """Bytes of a page, of all the band's rows or of so many."""
         low, high = band.edges[number : number + 2]
-        return band.shape.page_bytes(len(band.rows) if num_rows is None else num_rows, high - low)
+        num_rows = len(band.rows) if num_rows is None else num_rows
+        return band.form(number).page_bytes(num_rows, high - low)
 
     def _ranges(self, held: Held, number: int) -> list[tuple[int, int]] | None:
         """Where in a page the held rows lie; None is all of it."""
         low, high = held.band.edges[number : number + 2]
         if held.end - held.begin == len(held.band.rows):
             return None
-        return held.band.shape.row_ranges(held.begin, held.end, len(held.band.rows), high - low)
+        form = held.band.form(number)
+        return form.row_ranges(held.begin, held.end, len(held.band.rows), high - low)
+
+    def _make_page(self, band: Band, number: int, *, is_open: bool) -> None:
+        num_bytes = self._page_bytes(band, number)
+        if band.home is not Tier.DISK or is_open:
+            pool = self._store.pool(band.home)
+            drawn_bytes = min(pool.rounded(num_bytes), band.promised_bytes)
+            band.promised_bytes -= drawn_bytes
+            self._promises[pool].draw(drawn_bytes)
+        keep = self._store.keep_open if is_open else self._store.keep
+        # What is not packed yet makes way for what is, and has no home of its own.
+        kind = "newest cache" if number == band.exact else "cache"
+        band.pages[number] = keep(kind, num_bytes, band.home)
+
+    def _pack_complete(self, held: Held, stop: int) -> None:
+        """Pack the newest page if its last column is filled, and later steps see it."""
+        band, number, packed = held.band, held.band.exact, held.band.shape.packed
+        if number is None or packed is None:
+            return
+        if not stop - band.base == band.edges[number + 1] < band.edges[-1]:
+            return
+        exact = self.views(held, number)
+        kept, lease = band.pages.pop(number), held.leases.pop(number)
+        held.changed.discard(number)
+        band.exact = None
+        self._make_page(band, number, is_open=False)
+        pack(packed, exact, self.changing(held, number))
+        lease.release()
+        self._store.drop(kept)
+        self._promise(band)
 
     def _return(self, band: Band, number: int, lease: Lease, stop: int) -> None:
         """Send a changed page home; for good, if its last column is filled.
@@ -343,6 +465,8 @@ class BatchCache:
         band = held.band
         first = first_seen(band.edges, column - band.base, band.shape.window)
         gone = [number for number in band.pages if number < first]
+        if band.exact in gone:
+            band.exact = None
         for number in gone:
             held.leases.pop(number).release()
             self._store.drop(band.pages.pop(number))
@@ -366,7 +490,10 @@ class BatchCache:
         )
         for number, lease in sorted(held.leases.items()):
             smaller.band.num_made = number
-            self.new_page(smaller.band, is_open=stop - band.base < band.edges[number + 1])
+            is_open = stop - band.base < band.edges[number + 1]
+            if band.shape.packed is not None:
+                is_open = number == band.exact
+            self.new_page(smaller.band, is_open=is_open)
             pairs = zip(self.changing(smaller, number), self.views(held, number), strict=True)
             for new_NKGE, old_NKGE in pairs:
                 new_NKGE.copy_(old_NKGE[torch.tensor(places, device=old_NKGE.device)])
@@ -379,5 +506,6 @@ class BatchCache:
     def _drop_band(self, band: Band) -> None:
         for page in band.pages.values():
             self._store.drop(page)
-        band.rows, band.pages = [], {}
+        band.rows, band.pages, band.exact = [], {}, None
+        self.end_prompt(band)
         self._promise(band)

@@ -24,7 +24,7 @@ from flexport.engine.attempts import forget, joined, retry
 from flexport.engine.compression import weights_summary
 from flexport.engine.in_flight import InFlight
 from flexport.engine.limits import default_budgets, dtype_for
-from flexport.engine.plan import Plan, model_sizes
+from flexport.engine.plan import Plan, cache_bits, model_sizes
 from flexport.engine.source import open_source
 from flexport.engine.trace import Trace
 from flexport.errors import DoesNotFit, OutOfMemory, PolicyError, UsageError
@@ -361,7 +361,7 @@ class Engine:
             policy
             or self._policy
             or choose(
-                self._sizes(choice.compress_weights or "none"),
+                self._sizes(choice.compress_weights),
                 job,
                 self.budgets,
                 page_tokens=preferred,
@@ -391,7 +391,13 @@ class Engine:
             stream_bytes=round(
                 policy.weights.disk * self._sizes(policy.compress_weights).stream_bytes
             ),
-            compression={"weights": self._weights_summary(policy.compress_weights)},
+            compression={
+                "weights": self._weights_summary(policy.compress_weights),
+                "cache": {
+                    "codec": policy.compress_cache,
+                    "bits": cache_bits(self.spec, policy.compress_cache, VALUE_BYTES[self.dtype]),
+                },
+            },
         )
 
     def _footprint(self, job: JobSizes, policy: Policy) -> Footprint:

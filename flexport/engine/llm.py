@@ -12,7 +12,7 @@ from flexport.engine.engine import Engine
 from flexport.engine.plan import Plan
 from flexport.errors import PolicyError, RowError, UsageError
 from flexport.planner.auto import Choice
-from flexport.policy import Policy
+from flexport.policy import CACHE_CODECS, WEIGHT_CODECS, Policy
 from flexport.records import CompletionOutput, Request, RequestOutput, SamplingParams
 from flexport.tokenizer import Tokenizer
 from flexport.units import parse_bytes
@@ -47,7 +47,8 @@ class LLM:
         prefill_tokens: int | None = None,
         sweep_tokens: int | None = None,
         cpu_attention: Literal["auto", "on", "off"] = "auto",
-        compress_weights: str | None = None,
+        compress_weights: str = "none",
+        compress_cache: Literal["none", "int8", "int4"] = "none",
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
@@ -60,8 +61,8 @@ class LLM:
 
         `backend` is a registered name, or an open backend, which stays the caller's to close.
 
-        `compress_weights` is one of `flexport.policy.WEIGHT_CODECS`; None is "none", or what the
-        policy says.
+        `compress_weights` is one of `flexport.policy.WEIGHT_CODECS`, `compress_cache` one of
+        `CACHE_CODECS`.
 
         `on_plan` is called with each plan before anything of it is done; `trace` is a file for
         what every lane does when, in the Chrome trace format. Raises UsageError, or
@@ -79,7 +80,8 @@ class LLM:
             prefill_tokens=prefill_tokens,
             sweep_tokens=sweep_tokens,
             cpu_attention=_switch("cpu_attention", cpu_attention),
-            compress_weights=compress_weights,
+            compress_weights=_codec("compress_weights", compress_weights, WEIGHT_CODECS),
+            compress_cache=_codec("compress_cache", compress_cache, CACHE_CODECS),
         )
         if policy != "auto" and choice != Choice():
             raise PolicyError(
@@ -293,3 +295,9 @@ def _switch(name: str, value: str) -> bool | None:
     if value not in ("auto", "on", "off"):
         raise UsageError(f"{name} is 'auto', 'on' or 'off', got {value!r}")
     return None if value == "auto" else value == "on"
+
+
+def _codec(option: str, name: str, codecs: Sequence[str]) -> str:
+    if name not in codecs:
+        raise UsageError(f"{option} is one of {', '.join(codecs)}, got {name!r}")
+    return name

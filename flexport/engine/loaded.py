@@ -261,7 +261,8 @@ class Loaded:
         """The shape of the model's cache under the plan in force."""
         by_feature = self._backend.capabilities.keys_by_feature
         dtype = torch_dtype(self.plan.dtype)
-        return CacheShape.of(self._spec, self.plan.page_tokens, by_feature, dtype)
+        codec = self.plan.policy.compress_cache
+        return CacheShape.of(self._spec, self.plan.page_tokens, by_feature, dtype, codec)
 
 
 @contextmanager

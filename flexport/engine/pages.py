@@ -6,19 +6,25 @@ too, it holds them once. What one row has of
 either is rounded up to whole pages of memory, so that some rows of a page can be read and written
 by themselves on any tier; in all but tiny models there is nothing to round.
 
+A cache that is kept in 8 or 4 bits has pages of two forms: this one, for the newest columns and
+for what attention reads, and the packed one (`packed`), for all that rests and travels.
+
 Dimension key: B bytes, N rows, K key/value heads, G columns, E features of a head.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flexport.engine.packed import PackedShape
+from flexport.engine.plan import cache_planes
 from flexport.models.spec import Attention, LatentAttention, ModelSpec
-from flexport.planner.columns import edges_of, most_kept, page_widths
+from flexport.planner.columns import GROUP_TOKENS, edges_of, most_kept, page_sizes, page_widths
 from flexport.store.direct_io import align_up
 
 __all__ = ["CacheShape", "PageShape"]
@@ -36,12 +42,19 @@ class PageShape:
     dtype: torch.dtype
     window: int | None = None
     """Columns that a query sees at most, its own included."""
+    packed: PackedShape | None = None
+    """What pages look like when they are complete, if not like this."""
 
     @classmethod
     def of(
-        cls, attention: Attention | LatentAttention, keys_by_feature: bool, dtype: torch.dtype
+        cls,
+        attention: Attention | LatentAttention,
+        keys_by_feature: bool,
+        dtype: torch.dtype,
+        codec: str = "none",
     ) -> PageShape:
         """The pages of a layer with this attention."""
+        packed = None if codec == "none" else PackedShape(planes=cache_planes(attention, codec))
         return cls(
             num_kv_heads=attention.cache_heads,
             head_dim=attention.cache_dim,
@@ -49,6 +62,26 @@ class PageShape:
             keys_by_feature=keys_by_feature and attention.cache_planes > 1,
             dtype=dtype,
             window=attention.window,
+            packed=packed,
+        )
+
+    def widths(
+        self, prompt: int, decoded: int, page_tokens: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Columns of each page of a prompt, as far as it is kept, and of what is decoded."""
+        group = 1 if self.packed is None else GROUP_TOKENS
+        return page_widths(prompt, decoded, page_tokens, self.window, group)
+
+    def page_sizes(
+        self, num_rows: int, of_prompt: Sequence[int], of_decoded: Sequence[int]
+    ) -> tuple[list[int], list[int] | None]:
+        """What pages of these widths take, as `planner.columns.page_sizes` says."""
+        packed = self.packed
+        return page_sizes(
+            of_prompt,
+            of_decoded,
+            lambda width: self.page_bytes(num_rows, width),
+            None if packed is None else lambda width: packed.page_bytes(num_rows, width),
         )
 
     def page_bytes(self, num_rows: int, width: int) -> int:
@@ -57,10 +90,9 @@ class PageShape:
 
     def row_bytes(self, prompt: int, decoded: int, page_tokens: int) -> int:
         """The most that one row's pages take in the layer."""
-        of_prompt, of_decoded = page_widths(prompt, decoded, page_tokens, self.window)
-        widths = (*of_prompt, *of_decoded)
-        sizes = [self.page_bytes(1, width) for width in widths]
-        return most_kept(sizes, edges_of(widths), self.window)
+        of_prompt, of_decoded = self.widths(prompt, decoded, page_tokens)
+        sizes, beside = self.page_sizes(1, of_prompt, of_decoded)
+        return most_kept(sizes, edges_of((*of_prompt, *of_decoded)), self.window, beside=beside)
 
     def row_ranges(self, begin: int, end: int, num_rows: int, width: int) -> list[tuple[int, int]]:
         """(first byte, number of bytes) of rows begin .. end-1 of a page: keys, then values."""
@@ -97,11 +129,16 @@ class CacheShape:
 
     @classmethod
     def of(
-        cls, spec: ModelSpec, page_tokens: int, keys_by_feature: bool, dtype: torch.dtype
+        cls,
+        spec: ModelSpec,
+        page_tokens: int,
+        keys_by_feature: bool,
+        dtype: torch.dtype,
+        codec: str = "none",
     ) -> CacheShape:
         """The shape of a model's cache."""
         layers = tuple(
-            PageShape.of(layer.attention, keys_by_feature, dtype) for layer in spec.layers
+            PageShape.of(layer.attention, keys_by_feature, dtype, codec) for layer in spec.layers
         )
         return cls(layers=layers, page_tokens=page_tokens)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+from flexport.codecs.plane import BITS, Plane
 from flexport.engine.stored import TensorSize
 from flexport.models.spec import (
     Attention,
@@ -20,6 +21,7 @@ from flexport.models.spec import (
     layer_tensors,
     owned_tensors,
 )
+from flexport.planner.columns import GROUP_TOKENS
 from flexport.planner.footprint import (
     CUT_ROWS,
     GRAIN_BYTES,
@@ -31,7 +33,7 @@ from flexport.planner.footprint import (
 from flexport.policy import Budgets, Policy, Split, Tier
 from flexport.units import format_bytes
 
-__all__ = ["Plan", "model_sizes"]
+__all__ = ["Plan", "cache_bits", "cache_planes", "model_sizes"]
 
 
 def model_sizes(
@@ -131,6 +133,32 @@ def _scratch_bytes(sizes: Sequence[TensorSize]) -> int:
     )
 
 
+def cache_planes(attention: Attention | LatentAttention, codec: str) -> tuple[Plane, ...]:
+    """What a layer's cache is packed in: keys along tokens and values along features.
+
+    Where keys are values, too, they are packed like these.
+    """
+    along: tuple[Literal["tokens", "features"], ...] = ("tokens", "features")
+    return tuple(
+        Plane(
+            num_heads=attention.cache_heads,
+            head_dim=attention.cache_dim,
+            bits=BITS[codec],
+            along=each,
+        )
+        for each in along[-attention.cache_planes :]
+    )
+
+
+def cache_bits(spec: ModelSpec, codec: str, item_bytes: int) -> float:
+    """What a value of the cache takes on average, scales included; the newest tokens take more."""
+    if codec == "none":
+        return 8 * item_bytes
+    planes = [plane for layer in spec.layers for plane in cache_planes(layer.attention, codec)]
+    num_values = sum(GROUP_TOKENS * plane.num_heads * plane.head_dim for plane in planes)
+    return 8 * sum(plane.num_bytes(GROUP_TOKENS) for plane in planes) / num_values
+
+
 def _caches(spec: ModelSpec, item_bytes: int) -> tuple[LayerCaches, ...]:
     counts: dict[LayerCaches, int] = {}
     for layer in spec.layers:
@@ -140,6 +168,10 @@ def _caches(spec: ModelSpec, item_bytes: int) -> tuple[LayerCaches, ...]:
             plane_token_bytes=attention.cache_heads * attention.cache_dim * item_bytes,
             num_planes=attention.cache_planes,
             window=attention.window,
+            packings=tuple(
+                (codec, tuple(p.num_bytes(GROUP_TOKENS) for p in cache_planes(attention, codec)))
+                for codec in BITS
+            ),
         )
         counts[alike] = counts.get(alike, 0) + 1
     return tuple(replace(alike, num_layers=count) for alike, count in counts.items())
@@ -200,7 +232,8 @@ class Plan:
     stream_bytes: int
     """Weights that every sweep reads from disk."""
     compression: Mapping[str, Any]
-    """Of "weights", what `engine.compression` says."""
+    """Of "weights", what `engine.compression` says; of "cache" the codec, and the bits of a value but
+    for the newest tokens."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -273,13 +306,16 @@ class Plan:
 
 
 def _compressed(compression: Mapping[str, Any]) -> list[str]:
-    weights = compression["weights"]
-    if weights["codec"] == "none":
-        return []
-    left = [slot.removesuffix(".weight") for slot in list(weights["left"])[:3]]
-    share, bits = 100 * weights["share"], weights["bits"]
-    told = f"{share:.1f} % of the weights in {weights['codec']}, {bits:.2f} bits each"
-    return [f"  {told}; {', '.join(left)} and smaller ones as they are"]
+    weights, cache = compression["weights"], compression["cache"]
+    lines = []
+    if weights["codec"] != "none":
+        left = ", ".join(slot.removesuffix(".weight") for slot in list(weights["left"])[:3])
+        share, bits = 100 * weights["share"], weights["bits"]
+        told = f"{share:.1f} % of the weights in {weights['codec']}, {bits:.2f} bits each"
+        lines.append(f"  {told}; {left} and smaller ones as they are")
+    if cache["codec"] != "none":
+        lines.append(f"  KV cache in {cache['codec']}, {cache['bits']:.3g} bits a value")
+    return lines
 
 
 def _percent(split: Split, tier: Tier, unified: bool) -> str:

@@ -61,6 +61,9 @@ class Rates:
     """What the CPU beside a device reads a cache at: two cores' decode attention."""
     host_flops_per_s: float = 4e11
     """What it multiplies at, of a few rows: two server cores with bfloat16 instructions."""
+    unpack_bytes_per_s: float = 1e10
+    """What a packed cache is unpacked at, in bytes of what becomes of it."""
+    host_unpack_bytes_per_s: float = 1e10
     crossing_s: float = 3e-4
     """What a layer takes longer because the device waits for the CPU: two short copies, and the
     host finding out that the first is done."""
@@ -74,7 +77,7 @@ def typical_rates(unified: bool) -> Rates:
     """
     if unified:
         return Rates()
-    return Rates(memory_bytes_per_s=2e11, flops_per_s=2.1e13, half_rows=64)
+    return Rates(memory_bytes_per_s=2e11, flops_per_s=2.1e13, half_rows=64, unpack_bytes_per_s=3e10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +93,9 @@ class Choice:
     sweep_tokens: int | None = None
     cpu_attention: bool | None = None
     cpu_projections: bool | None = None
-    compress_weights: str | None = None
-    """Precision is nobody's to lower but the caller's: None is "none"."""
+    compress_weights: str = "none"
+    compress_cache: str = "none"
+    """Neither is chosen: they change the answers."""
 
 
 def choose(
@@ -203,7 +207,8 @@ class _Sweeps:
         """
         model, policy, rates = self.model, self.policy, self.rates
         mean_tokens = self.job.prompt_tokens + self.job.new_tokens / 2
-        cache_bytes = rows * model.seen_bytes(mean_tokens)
+        cache_bytes = rows * model.kept_in(policy.compress_cache).seen_bytes(mean_tokens)
+        attended_bytes = rows * model.seen_bytes(mean_tokens)
         stream_bytes = model.streamed_bytes(prompt_tokens + rows)
         disk_bytes = policy.weights.disk * stream_bytes + policy.cache.disk * cache_bytes
         efficiency = product_tokens / (product_tokens + rates.half_rows)
@@ -215,7 +220,7 @@ class _Sweeps:
             link_bytes = (weights.disk + weights.host) * stream_bytes
             far_bytes = (cache.disk + cache.host) * cache_bytes
             if policy.cpu_attention:
-                attended_on_host_bytes = far_bytes
+                attended_on_host_bytes = (cache.disk + cache.host) * attended_bytes
                 num_crossings += model.num_layers
                 crossing_rows = (cache.disk + cache.host) * rows
                 far_bytes = crossing_rows * model.crossing_token_bytes * model.num_layers
@@ -227,9 +232,13 @@ class _Sweeps:
                 link_bytes -= share * model.projection_bytes
                 host_s = share * rows * model.projection_flops / rates.host_flops_per_s
                 flops -= share * rows * model.projection_flops
+        byte_s, host_byte_s = 1 / rates.memory_bytes_per_s, 1 / rates.host_memory_bytes_per_s
+        if policy.compress_cache != "none":
+            byte_s += 1 / rates.unpack_bytes_per_s
+            host_byte_s += 1 / rates.host_unpack_bytes_per_s
         attention_s = max(
-            (cache_bytes - attended_on_host_bytes) / rates.memory_bytes_per_s,
-            attended_on_host_bytes / rates.host_memory_bytes_per_s,
+            (attended_bytes - attended_on_host_bytes) * byte_s,
+            attended_on_host_bytes * host_byte_s,
         )
         return max(
             disk_bytes / rates.disk_bytes_per_s,
@@ -269,7 +278,8 @@ def _blocks(model: ModelSizes, job: JobSizes, fixed: Choice) -> Iterator[Policy]
             num_batches=num_batches,
             prefill_tokens=prefill_tokens,
             sweep_tokens=sweep_tokens,
-            compress_weights=fixed.compress_weights or "none",
+            compress_weights=fixed.compress_weights,
+            compress_cache=fixed.compress_cache,
         )
 
 
@@ -284,6 +294,8 @@ def _paced(size: int, job: JobSizes, fixed: Choice) -> tuple[int, int, int] | No
     """The same of one whose rows come and go all the time, if there can be one."""
     if fixed.sweep_tokens is not None or job.new_tokens < 2:
         return None
+    if fixed.compress_cache != "none":
+        return None  # a policy refuses to have both
     batch_size = fixed.batch_size or min(PACED_BATCH_ROWS, max(1, size // PACED_BATCHES))
     num_batches = fixed.num_batches or size // batch_size
     if num_batches < PACED_BATCHES:

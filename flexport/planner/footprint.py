@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from flexport.planner.columns import (
+    GROUP_TOKENS,
     PROMPT_PAGE_TOKENS,
     SPILL_PAGE_TOKENS,
     edges_of,
     most_kept,
+    page_sizes,
     page_widths,
 )
 from flexport.policy import Policy, Split
 
 __all__ = [
     "HEAD_TOKENS",
+    "UNPACKED_BYTES",
     "Footprint",
     "JobSizes",
     "LayerCaches",
@@ -38,6 +41,16 @@ HEAD_TOKENS = 256
 EXPERT_WINDOW_BYTES = 256 << 20
 """Memory through which experts stream, if two of them fit in it: enough for a link of 10 GB/s to be
 busy for 25 ms while the rest of a layer is computed."""
+
+UNPACKED_BYTES = 128 << 20
+"""A packed cache is unpacked so much at a time, as many whole rows of a layer as that is: enough for
+a kernel's call to be worth it, and little beside a cache that is worth packing."""
+
+PACK_WORK_BYTES = 32 << 20
+"""What lies between values and their packed form, at most: a codec takes 2^20 values at a time."""
+
+PACK_WORK_RATIO = 16
+"""The same for each byte of values, where there are fewer: 32 bytes a value in half precision."""
 
 GRAIN_BYTES = 4096
 """Memory and disk are handed out in multiples of this: a page of memory."""
@@ -60,36 +73,67 @@ class LayerCaches:
     """2, keys and values; 1 where they are the same."""
     window: int | None = None
     """Tokens that are seen, where not all are."""
+    packings: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """By codec, what each plane of GROUP_TOKENS tokens takes when it is packed."""
+    packed: tuple[int, ...] = ()
+    """That of the codec in force; empty if tokens are kept as they were computed."""
+
+    def kept_in(self, codec: str) -> LayerCaches:
+        """The same, kept in a codec of `packings`, or in "none"."""
+        return replace(self, packed=dict(self.packings)[codec] if codec != "none" else ())
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token in one layer."""
+        """Keys and values of one token in one layer, as they are computed."""
         return self.num_planes * self.plane_token_bytes
+
+    @property
+    def group(self) -> int:
+        """Columns that are packed together."""
+        return GROUP_TOKENS if self.packed else 1
 
     def page_row_bytes(self, width: int) -> int:
         """One row of a page: keys and values each in whole grains of memory."""
         return self.num_planes * _grains(width * self.plane_token_bytes)
 
+    def packed_row_bytes(self, width: int) -> int:
+        """The same of a page that is packed."""
+        assert width % GROUP_TOKENS == 0, width
+        return sum(_grains(width // GROUP_TOKENS * num_bytes) for num_bytes in self.packed)
+
     def prompt_row_bytes(self, prompt: int, page_tokens: int) -> int:
         """All pages that one row's prompt is kept in."""
-        widths, _ = page_widths(prompt, 0, page_tokens, self.window)
-        return sum(self.page_row_bytes(width) for width in widths)
+        widths, _ = page_widths(prompt, 0, page_tokens, self.window, self.group)
+        kept = self.packed_row_bytes if self.packed else self.page_row_bytes
+        return sum(kept(width) for width in widths)
 
     def row_bytes(self, prompt: int, decoded: int, page_tokens: int) -> int:
-        """The most that one row takes in one layer."""
-        return _row_bytes(self, prompt, decoded, page_tokens)
+        """The most that one row takes of memory in one layer."""
+        return _row_bytes(self, prompt, decoded, page_tokens)[0]
+
+    def spilled_row_bytes(self, prompt: int, decoded: int, page_tokens: int) -> int:
+        """The most that one row takes of the disk in one layer."""
+        return _row_bytes(self, prompt, decoded, page_tokens)[1]
 
     def seen_bytes(self, tokens: float) -> float:
         """What a decode step reads of a row of so many tokens in one layer."""
-        return self.token_bytes * (tokens if self.window is None else min(tokens, self.window))
+        token_bytes = sum(self.packed) / GROUP_TOKENS if self.packed else self.token_bytes
+        return token_bytes * (tokens if self.window is None else min(tokens, self.window))
 
 
 @lru_cache(maxsize=64)  # while a policy is looked for, the same row is asked for again and again
-def _row_bytes(cache: LayerCaches, prompt: int, decoded: int, page_tokens: int) -> int:
-    of_prompt, of_decoded = page_widths(prompt, decoded, page_tokens, cache.window)
-    widths = (*of_prompt, *of_decoded)
-    sizes = [cache.page_row_bytes(width) for width in widths]
-    return most_kept(sizes, edges_of(widths), cache.window)
+def _row_bytes(cache: LayerCaches, prompt: int, decoded: int, page_tokens: int) -> tuple[int, int]:
+    """The most that a row takes in memory, and on disk, where nothing comes before it is packed."""
+    of_prompt, of_decoded = page_widths(prompt, decoded, page_tokens, cache.window, cache.group)
+    edges = edges_of((*of_prompt, *of_decoded))
+    packed = cache.packed_row_bytes if cache.packed else None
+    sizes, beside = page_sizes(of_prompt, of_decoded, cache.page_row_bytes, packed)
+    in_memory = most_kept(sizes, edges, cache.window, beside=beside)
+    if beside is None:
+        return in_memory, in_memory
+    if of_decoded:
+        sizes[-1] = 0
+    return in_memory, most_kept(sizes, edges, cache.window)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +186,14 @@ class ModelSizes:
 
     @property
     def cache_token_bytes(self) -> int:
-        """What one token takes in all layers."""
+        """What one token takes in all layers, as it is computed."""
         return sum(cache.num_layers * cache.token_bytes for cache in self.caches)
+
+    def kept_in(self, codec: str) -> ModelSizes:
+        """The same with caches that are kept in a codec."""
+        if codec == "none":
+            return self
+        return replace(self, caches=tuple(cache.kept_in(codec) for cache in self.caches))
 
     def seen_bytes(self, tokens: float) -> float:
         """What a decode step reads of the cache of a row of so many tokens, in all layers."""
@@ -269,7 +319,12 @@ def expert_window_bytes(layers: Sequence[Sequence[int]]) -> int:
 
 
 def page_tokens_for(policy: Policy, preferred: int) -> int:
-    """Columns of a cache page: what the device prefers, or less where newest pages wait."""
+    """Columns of a cache page: what the device prefers, or less where newest pages wait.
+
+    Where the cache is packed, its groups say it.
+    """
+    if policy.compress_cache != "none":
+        return GROUP_TOKENS
     return min(preferred, SPILL_PAGE_TOKENS) if policy.cache.disk else preferred
 
 
@@ -314,6 +369,8 @@ def footprint(
     Shares are cut by whole rows, a row more or less on either side of a cut, and every buffer is
     a whole number of memory pages; in a large model neither is seen, in a tiny one both are.
     """
+    model = model.kept_in(policy.compress_cache)
+    is_packed = policy.compress_cache != "none"
     page_tokens = page_tokens_for(policy, preferred_page_tokens)
     rows = policy.block_size
     if job.num_rows is not None:
@@ -348,20 +405,17 @@ def footprint(
 
     decoded = job.columns - job.prompt_tokens
     # Of each kind of layer, whose rows are dealt by themselves.
-    kinds = [
-        (cache.num_layers, cache.row_bytes(job.prompt_tokens, decoded, page_tokens))
-        for cache in model.caches
-    ]
-    row_bytes = sum(num_layers * of_layer for num_layers, of_layer in kinds)
+    row = (job.prompt_tokens, decoded, page_tokens)
+    kinds = [(cache.num_layers, cache.row_bytes(*row)) for cache in model.caches]
+    spilled = [(cache.num_layers, cache.spilled_row_bytes(*row)) for cache in model.caches]
     layer_row_bytes = max(of_layer for _, of_layer in kinds)
-    cut_row_bytes = num_batches * sum(of_layer for _, of_layer in kinds)
     page_row_bytes = _page_row_bytes(model, min(page_tokens, decoded))
     cut_page_bytes = num_batches * len(kinds) * page_row_bytes
     cache_far = policy.cache.disk + (0.0 if unified else policy.cache.host)
     # Pages of this visit and of the next one.
     cuts = -(-visit_rows // batch_rows)
     pages_bytes = 2 * _rows_of(visit_rows, cache_far, cuts) * layer_row_bytes
-    if policy.cpu_attention and not is_chunked:
+    if policy.cpu_attention and (is_packed or not is_chunked):
         pages_bytes = 0.0  # decode steps leave them on the host, and no other piece needs them
     disk_pages_bytes = 2 * _rows_of(visit_rows, policy.cache.disk, cuts) * layer_row_bytes
     # Pages of two visits may be under way to their home while a third one is computed.
@@ -371,6 +425,18 @@ def footprint(
     states_bytes = 4 * _states_bytes(model, visit_tokens, states_far)
     decoded_bytes = model.packed_scratch_bytes + (max(far_bytes) * ratio if ratio != 1 else 0.0)
     on_disk = 0.0 if unified and addressable else 1.0
+    beside_bytes = _beside_bytes(model, job, policy, visit_rows, num_batches)
+    unpacked_bytes = work_bytes = 0
+    if is_packed:
+        unpacked_bytes = _unpacked_bytes(model, job, batch_rows, page_tokens)
+        work_bytes = _pack_work_bytes(model, batch_rows)
+        if policy.cpu_attention and policy.cache.device < 1:
+            beside_bytes += unpacked_bytes + work_bytes
+        if is_chunked:
+            # The keys and values of one row in one layer, until its prompt is complete.
+            unpacked_bytes += _page_row_bytes(model, job.prompt_tokens)
+    elif is_chunked:
+        work_bytes = _moved_bytes(model, job, page_tokens)
     return Footprint(
         weights_bytes=(
             round(weights[0] * ratio) + slack_bytes * (weights[0] > 0),
@@ -378,7 +444,10 @@ def footprint(
             weights[2],
         ),
         load_bytes=(load_bytes, round(on_disk * load_bytes)),
-        cache_bytes=_cache_split(rows * row_bytes, cut_row_bytes, policy.cache),
+        cache_bytes=(
+            *_cache_split(*_cache_rows(kinds, rows, num_batches), policy.cache)[:2],
+            _cache_split(*_cache_rows(spilled, rows, num_batches), policy.cache)[2],
+        ),
         open_page_bytes=_cache_split(
             rows * page_row_bytes * model.num_layers, cut_page_bytes, policy.cache
         )[2],
@@ -389,20 +458,20 @@ def footprint(
             + (_window_bytes(model, policy, unified, from_disk=True) if on_disk else 0),
         ),
         behind_bytes=(
-            round(drafts_bytes + states_bytes + decoded_bytes),
+            round(drafts_bytes + states_bytes + decoded_bytes + unpacked_bytes),
             round(
                 on_disk
                 * (
                     drafts_bytes * (policy.cache.disk > 0)
                     + states_bytes * (policy.activations.disk > 0)
-                    + _beside_bytes(model, job, policy, visit_rows, num_batches)
+                    + beside_bytes
                 )
             ),
         ),
         work_bytes=visit_tokens * model.work_token_bytes
         + min(visit_rows, HEAD_TOKENS) * model.head_token_bytes
         + visit_rows * job.columns * model.score_bytes
-        + (_moved_bytes(model, job, page_tokens) if is_chunked else 0),
+        + work_bytes,
         unified=unified,
     )
 
@@ -515,7 +584,8 @@ def _written_bytes(
     """Parts of pages that a visit writes to, of those at home in this share."""
     if share <= 0:
         return 0.0
-    newest = _page_row_bytes(model, min(page_tokens, job.columns - job.prompt_tokens))
+    decoded = job.columns - job.prompt_tokens
+    newest = _page_row_bytes(model, min(page_tokens, decoded))
     longest = min(policy.visit_tokens, job.prompt_tokens)
     prompt_tokens = policy.visit_tokens
     if policy.sweep_tokens:
@@ -526,6 +596,14 @@ def _written_bytes(
     prompt_rows = max(1, min(-(-prompt_tokens // longest), visit_rows))
     most = most_of_row = 0
     for cache in model.caches:
+        if cache.packed:
+            # Pages of prompts go home one by one, as soon as they are packed.
+            widths, _ = page_widths(job.prompt_tokens, 0, page_tokens, cache.window, cache.group)
+            of_row = cache.packed_row_bytes(max(widths, default=0))
+            most, most_of_row = max(most, visit_rows * of_row), max(most_of_row, of_row)
+            if decoded > GROUP_TOKENS:
+                newest = max(newest, cache.packed_row_bytes(GROUP_TOKENS))
+            continue
         of_row = cache.page_row_bytes(chunk_tokens)
         of_visit = prompt_rows * of_row
         if cache.window is not None:
@@ -535,6 +613,25 @@ def _written_bytes(
         most, most_of_row = max(most, of_visit), max(most_of_row, of_row)
     all_bytes = most + visit_rows * newest
     return min(all_bytes, share * all_bytes + CUT_ROWS * (most_of_row + newest))
+
+
+def _unpacked_bytes(model: ModelSizes, job: JobSizes, batch_rows: int, page_tokens: int) -> int:
+    """Room in which rows of a packed cache are unpacked, one layer of some of them at a time."""
+    row_bytes = max(
+        cache.kept_in("none").row_bytes(
+            -(-job.prompt_tokens // GROUP_TOKENS) * GROUP_TOKENS,
+            job.columns - job.prompt_tokens,
+            page_tokens,
+        )
+        for cache in model.caches
+    )
+    return min(batch_rows * row_bytes, max(UNPACKED_BYTES, row_bytes))
+
+
+def _pack_work_bytes(model: ModelSizes, batch_rows: int) -> int:
+    """What packing and unpacking take beside what is packed, and a row's page in front of that."""
+    page_bytes = _page_row_bytes(model, PROMPT_PAGE_TOKENS)
+    return min(PACK_WORK_BYTES, PACK_WORK_RATIO * batch_rows * page_bytes) + page_bytes
 
 
 def _moved_bytes(model: ModelSizes, job: JobSizes, page_tokens: int) -> int:
@@ -583,6 +680,14 @@ def _states_split(
         for share in split.shares()
     )
     return device, host, disk
+
+
+def _cache_rows(kinds: Sequence[tuple[int, int]], rows: int, num_batches: int) -> tuple[int, int]:
+    """All rows' cache, and a row of each batch and kind, given layers of each kind and their row."""
+    return (
+        rows * sum(num_layers * of_layer for num_layers, of_layer in kinds),
+        num_batches * sum(of_layer for _, of_layer in kinds),
+    )
 
 
 def _cache_split(all_bytes: float, cut_bytes: float, split: Split) -> tuple[int, int, int]:

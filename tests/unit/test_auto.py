@@ -260,3 +260,53 @@ def test_where_memory_is_one_the_cpu_has_nothing_to_do_beside_the_device(job, bu
         return
 
     assert not (policy.cpu_attention or policy.cpu_projections)
+
+
+@pytest.mark.parametrize("codec", ["none", "int8", "int4"])
+@given(job=JOBS, budgets=BUDGETS, unified=st.booleans())
+def test_a_cache_is_packed_if_that_was_asked_for_and_then_no_prompt_is_shared_out(
+    codec, job, budgets, unified
+):
+    try:
+        policy = pick(job, budgets, unified, Choice(compress_cache=codec))
+    except DoesNotFit:
+        return
+
+    assert policy.compress_cache == codec
+    assert codec == "none" or policy.sweep_tokens == 0
+    assert within(needs_of(job, policy, unified), budgets)
+
+
+def test_a_packed_cache_has_room_for_more_rows():
+    job = JobSizes(prompt_tokens=1000, new_tokens=64)
+    budgets = Budgets(device_bytes=8000 * MIB, host_bytes=0, disk_bytes=0)
+    resident = {"weights": Split(), "cache": Split(), "sweep_tokens": 0}
+
+    rows = {
+        codec: pick(job, budgets, True, Choice(**resident, compress_cache=codec)).block_size
+        for codec in ("none", "int8", "int4")
+    }
+
+    assert rows["int8"] > 1.3 * rows["none"]
+    assert rows["int4"] > 1.3 * rows["int8"]
+
+
+@pytest.mark.parametrize(("codec", "ratio"), [("int8", 9 / 16), ("int4", 4.5 / 16)])
+def test_a_packed_cache_on_disk_is_predicted_to_move_its_own_bytes(codec, ratio):
+    """Where the disk is what holds the run back, and of long prompts the cache is all that counts."""
+    job = JobSizes(prompt_tokens=2000, new_tokens=200, num_rows=64)
+    policy = Policy(cache=Split(device=0, disk=1), batch_size=64)
+    rates = replace(
+        typical_rates(True),
+        disk_bytes_per_s=1e6,
+        flops_per_s=1e18,
+        memory_bytes_per_s=1e15,
+        unpack_bytes_per_s=1e15,
+    )
+
+    speed, packed = (
+        predicted_tok_s(MODEL, job, each, rates, True)
+        for each in (policy, replace(policy, compress_cache=codec))
+    )
+
+    assert speed / packed == pytest.approx(ratio, rel=0.01)

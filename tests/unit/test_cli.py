@@ -180,7 +180,7 @@ def test_options_given_reach_the_engine_under_their_own_names():
         *("--backend", "cpu", "--dtype", "bfloat16", "--batch-size", "8", "--num-batches", "3"),
         *("--prefill-tokens", "512", "--sweep-tokens", "0", "--offload-dir", "spill"),
         *("--percent", "0", "20.5", "50", "50", "100", "0"),
-        *("--cpu-attention", "on"),
+        *("--cpu-attention", "on", "--compress-cache", "int4"),
         *("--device-memory", "14GiB", "--host-memory", "1.5GB", "--disk-memory", "0"),
     )
 
@@ -197,6 +197,7 @@ def test_options_given_reach_the_engine_under_their_own_names():
         "offload_dir": "spill",
         "percent": [0.0, 20.5, 50.0, 50.0, 100.0, 0.0],
         "cpu_attention": "on",
+        "compress_cache": "int4",
         "device_memory": 14 * 2**30,
         "host_memory": 1_500_000_000,
         "disk_memory": 0,
@@ -215,6 +216,7 @@ def test_options_given_reach_the_engine_under_their_own_names():
         ["--load-format", "pickle"],
         ["--percent", "10", "20"],
         ["--cpu-attention", "maybe"],
+        ["--compress-cache", "int2"],
     ],
     ids=" ".join,
 )
@@ -238,6 +240,7 @@ def test_a_policy_file_is_read_before_anything_is_loaded(tmp_path):
         ["--batch-size", "8"],
         ["--sweep-tokens", "0"],
         ["--cpu-attention", "off"],
+        ["--compress-cache", "none"],
     ],
     ids=" ".join,
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flexport.engine.plan import model_sizes
 from flexport.engine.stored import TensorSize
 from flexport.models import known_config, spec_of
-from flexport.planner.footprint import JobSizes, footprint, layer_splits
+from flexport.planner.footprint import UNPACKED_BYTES, JobSizes, footprint, layer_splits
 from flexport.policy import Policy, Split
 
 MODEL = model_sizes(
@@ -45,7 +45,8 @@ def splits(draw):
 
 
 @st.composite
-def policies(draw):
+def policies(draw, codecs=("none",)):
+    codec = draw(st.sampled_from(codecs))
     return Policy(
         weights=draw(splits()),
         cache=draw(splits()),
@@ -53,7 +54,8 @@ def policies(draw):
         batch_size=draw(st.integers(1, 64)),
         num_batches=draw(st.integers(1, 8)),
         prefill_tokens=draw(st.sampled_from([64, 2048])),
-        sweep_tokens=draw(st.sampled_from([0, 500])),
+        sweep_tokens=draw(st.sampled_from([0, 500] if codec == "none" else [0])),
+        compress_cache=codec,
     )
 
 
@@ -94,7 +96,7 @@ def test_what_is_asked_for_on_a_tier_is_counted_there(policy, unified):
 
 @given(
     model=st.sampled_from([MODEL, WINDOWED]),
-    policy=policies(),
+    policy=policies(codecs=("none", "int8", "int4")),
     unified=st.booleans(),
     job=st.builds(JobSizes, prompt_tokens=st.integers(1, 300), new_tokens=st.integers(1, 300)),
 )
@@ -160,7 +162,7 @@ def test_what_the_host_can_not_address_takes_staging_on_both_sides_of_the_one_po
     assert staged.headroom_bytes == (sum(staged.behind_bytes), 0)
 
 
-@given(policy=policies())
+@given(policy=policies(codecs=("none", "int8", "int4")))
 def test_a_job_of_fewer_rows_than_a_block_takes_what_its_rows_take(policy):
     short = replace(JOB, num_rows=1)
 
@@ -204,3 +206,50 @@ def test_what_is_exact_counts_in_full_where_the_rest_is_rounded():
     slack_bytes = model_sizes(spec, exact, 2).layer_slack_bytes - rounded.layer_slack_bytes
 
     assert slack_bytes == pytest.approx(2 * (256 * 7168 + 256), rel=0.01)
+
+
+# ---- a cache in 8 or 4 bits
+
+BITS = {"int8": 9, "int4": 4.5}
+"""With scales, where heads have 64 features."""
+
+
+@pytest.mark.parametrize("codec", BITS)
+def test_a_packed_cache_takes_its_bits_and_its_newest_tokens_exact(codec):
+    policy = Policy(batch_size=64, compress_cache=codec)
+    job = JobSizes(prompt_tokens=512, new_tokens=129)
+
+    in_memory = footprint(MODEL, job, policy, PAGE_TOKENS, True).cache_bytes
+    spilled = footprint(MODEL, job, replace(policy, cache=ON_DISK), PAGE_TOKENS, True)
+
+    # 512 + 128 columns; the last page of decoded tokens is the newest one to the end.
+    token_bytes = 64 * MODEL.cache_token_bytes
+    packed_bytes, newest_bytes = BITS[codec] / 16 * (512 + 64) * token_bytes, 64 * token_bytes
+    assert in_memory == (packed_bytes + newest_bytes, 0, 0)
+    assert spilled.cache_bytes == (0, 0, packed_bytes)
+    assert spilled.open_page_bytes == newest_bytes
+
+
+@given(policy=policies(codecs=("int8", "int4")), unified=st.booleans())
+def test_a_packed_cache_counts_the_room_that_it_is_unpacked_in(policy, unified):
+    needs = footprint(MODEL, JOB, policy, PAGE_TOKENS, unified)
+
+    row_bytes = (128 + 31) * CACHE.token_bytes
+    assert needs.behind_bytes[0] >= min(policy.batch_size * row_bytes, UNPACKED_BYTES)
+
+
+def test_a_prompt_in_chunks_is_kept_exact_in_one_layer_beside_a_packed_cache():
+    job = JobSizes(prompt_tokens=1024, new_tokens=2)
+    whole, in_chunks = (
+        footprint(
+            MODEL,
+            job,
+            Policy(batch_size=1, prefill_tokens=tokens, compress_cache="int4"),
+            PAGE_TOKENS,
+            True,
+        )
+        for tokens in (1024, 256)
+    )
+
+    more_bytes = in_chunks.behind_bytes[0] - whole.behind_bytes[0]
+    assert more_bytes == 1024 * CACHE.token_bytes

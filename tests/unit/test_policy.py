@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexport.errors import PolicyError
-from flexport.policy import Policy, Split, Tier
+from flexport.policy import CACHE_CODECS, Policy, Split, Tier
 
 
 @st.composite
@@ -32,7 +32,7 @@ policies = st.builds(
     sweep_tokens=st.integers(0, 1 << 20),
     cpu_attention=st.booleans(),
     cpu_projections=st.booleans(),
-)
+) | st.builds(Policy, cache=splits(), compress_cache=st.sampled_from(CACHE_CODECS))
 
 
 @given(policies)
@@ -149,3 +149,16 @@ def test_a_file_that_is_no_policy_is_refused_by_name(tmp_path, text, said):
 def test_a_missing_policy_file_is_refused_by_name(tmp_path):
     with pytest.raises(PolicyError, match=r"can't read the policy file .*absent\.json"):
         Policy.from_file(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("value", ["int2", "", None, 4, True])
+def test_a_cache_is_kept_in_a_codec_that_there_is(value):
+    with pytest.raises(PolicyError, match="compress_cache is one of none, int8, int4"):
+        Policy(compress_cache=value)
+
+
+def test_prompts_that_sweeps_share_out_and_a_packed_cache_are_refused_together():
+    Policy(compress_cache="none", sweep_tokens=100)
+
+    with pytest.raises(PolicyError, match="compress_cache int8 and sweep_tokens 100"):
+        Policy(compress_cache="int8", sweep_tokens=100)
