@@ -193,7 +193,6 @@ class Scaled:
             zeros[0] if zeros else None,
             out_RD,
             block=self.block or (1, out_RD.shape[1]),
-            begin=begin,
         )
 
 

@@ -68,22 +68,19 @@ def by_features(
     out_RD: Tensor,
     *,
     block: tuple[int, int],
-    begin: int = 0,
     index_D: Tensor | None = None,
 ) -> Tensor:
     """Fill out_RD, of any float dtype, each block by its scale and zero; returns it.
 
-    Feature d of row r is of block (r // rows, d // columns), or has the column index_D[d]. `begin`
-    is the number of the first row, where scales_QP begin with the block that it is in.
+    Feature d of row r is of block (r // rows, d // columns), or has the column index_D[d]. The first
+    row begins a block.
     """
     (num_rows, size), (block_rows, _) = out_RD.shape, block
-    skipped = begin % block_rows
     for rows in _pieces(0, num_rows, _rows_at_once(out_RD)):
         with_RD = _in_float(out_RD, rows)
         fill(rows, with_RD)
-        first = (skipped + rows.start) // block_rows
-        last = -(-(skipped + rows.stop) // block_rows)
-        before = skipped + rows.start - first * block_rows
+        first, last = rows.start // block_rows, -(-rows.stop // block_rows)
+        before = rows.start - first * block_rows
         for values_QP, apply in ((zeros_QP, Tensor.sub_), (scales_QP, Tensor.mul_)):
             if values_QP is None:
                 continue

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexport.testing.families.tiny import Variant, make
 
-__all__ = ["CASES", "LLAMA", "Case", "pack"]
+__all__ = ["CASES", "DEEPSEEK", "LLAMA", "Case", "pack"]
 
 NUMBERS = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 

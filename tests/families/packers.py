@@ -326,6 +326,7 @@ PACKERS: Mapping[str, Packer] = {
     packer.name: packer
     for packer in (
         gptq(4, 16),
+        gptq(4, 8),
         gptq(4, 16, ordered=True, symmetric=True),
         gptq(4, -1, v2=True),
         gptq(8, 16, v2=True, ordered=True),

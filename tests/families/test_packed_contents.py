@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_models import LLAMA, Case, pack
+from packed_models import DEEPSEEK, LLAMA, Case, pack
 from packers import PACKERS, Packed, Packer
 from safetensors.torch import load_file, save_file
 from tiny_families import LLAMA_SIZES
@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import flexport
 from flexport.cli.main import main
+from flexport.engine.shards import place_weights
+from flexport.engine.source import open_source
 from flexport.errors import CheckpointError, UnsupportedModel
+from flexport.policy import Split
 from flexport.testing.families.mixes import MIXES, reference_from, run
 from flexport.testing.families.tiny import Variant, make
 
@@ -193,3 +196,23 @@ def test_what_can_not_be_unpacked_is_refused_by_name(quantised, told, tmp_path):
 
     with pytest.raises(UnsupportedModel, match=told):
         flexport.LLM(tmp_path, backend="cpu")
+
+
+def test_a_matrix_that_is_needed_whole_comes_together_from_all_tiers(tmp_path):
+    directory = packed_once(Case(DEEPSEEK, PACKERS["gptq int4:8"]), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
+    reference = reference_from(model, directory)
+    source = open_source(str(directory), None, "auto")
+    assert source.files is not None
+    files = source.files
+
+    def pieces(percent: int) -> int:
+        split = Split(device=percent / 100, host=0.0, disk=1 - percent / 100)
+        layers = place_weights(source.spec, lambda tensor: source.stored(tensor, files), split)
+        return max(sum(s.slot == "kv_up.weight" for s in shards) for shards in layers)
+
+    percent = next(percent for percent in range(1, 100) if pieces(percent) == 2)
+    mix = {**MIXES["in memory"], "percent": [percent, 0, 100, 0, 100, 0]}
+    tokens, _ = run(reference, mix, tmp_path)
+
+    assert tokens == reference.continuations

@@ -208,6 +208,26 @@ def test_what_is_exact_counts_in_full_where_the_rest_is_rounded():
     assert slack_bytes == pytest.approx(2 * (256 * 7168 + 256), rel=0.01)
 
 
+def test_what_every_piece_of_a_matrix_needs_is_planned_for_once_more_a_cut():
+    spec = spec_of(known_config("mistralai/Mixtral-8x7B-v0.1") or {})
+    whole_bytes = 1 << 30
+
+    def sizes(whole_bytes: int, num_parts: int):
+        def of(tensor):
+            plain = TensorSize.plain(tensor, 2, 2)
+            return replace(plain, whole_bytes=whole_bytes, num_parts=num_parts)
+
+        return model_sizes(spec, of, 2)
+
+    plain, shared, parted = sizes(0, 1), sizes(whole_bytes, 1), sizes(0, 4)
+
+    assert shared.layer_slack_bytes >= plain.layer_slack_bytes + 2 * whole_bytes
+    assert shared.one_expert_bytes >= plain.one_expert_bytes + 2 * whole_bytes
+    # A part may begin and end within a page of memory.
+    assert parted.layer_slack_bytes >= plain.layer_slack_bytes + 2 * 4096 * 3 * 8 * 3
+    assert parted.one_expert_bytes >= plain.one_expert_bytes + 2 * 4096 * 3 * 3
+
+
 # ---- a cache in 8 or 4 bits
 
 BITS = {"int8": 9, "int4": 4.5}
