@@ -12,11 +12,9 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,7 +140,8 @@ def test_the_files_hold_what_the_form_makes_of_each_matrix(checkpoints, cache, n
             decoded_RD = form.decode(parts, out_RD, 0)
             assert (decoded_RD - expected_RD).abs().max() < 0.25 * expected_RD.abs().max()
     assert len(found) == 2 * num_matrices
-    assert num_matrices == {"opt": 12, "gpt2": 8}.get(name, 2 * (4 + 3 * 2))
+    of_attention = 4 if codec == "int8" else 2  # keys' and values' have 32 rows
+    assert num_matrices == {"opt": 12, "gpt2": 8}.get(name, 2 * (of_attention + 3 * 2))
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
@@ -177,20 +176,13 @@ def test_only_the_decoder_layers_matrices_are_packed(opt, cache):
 def test_routers_and_matrices_with_little_to_gain_stay_as_they_are(checkpoints):
     source = open_source(str(checkpoints("stacked")), None, "auto")
 
-    int4 = (
-        {
-            matrix.name
-            for matrix in plan_packing(source, source.files, compressed("int4:256")).matrices
-        }
-        if False
-        else set()
-    )
     packing = plan_packing(source, source.files, compressed("int4"))
-    packed_kinds = Counter(matrix.stored.tensor.kind for matrix in packing.matrices)
+    names = [matrix.name for matrix in packing.matrices]
 
-    assert not int4
-    assert set(packed_kinds) == {"matrix"}
-    assert not any("router" in matrix.name for matrix in packing.matrices)
+    assert {matrix.stored.tensor.kind for matrix in packing.matrices} == {"matrix"}
+    assert not any("router" in name for name in names)
+    assert any("q_proj" in name for name in names)
+    assert not any("k_proj" in name for name in names)  # 32 rows would be half of a tile
 
 
 def test_whole_pages_come_first_so_that_they_start_on_one(opt, cache):
@@ -380,7 +372,7 @@ def test_what_was_finished_before_a_full_disk_is_used_again(opt, cache, monkeypa
     def full(fd):
         nonlocal num_calls
         num_calls += 1
-        if num_calls > 6:
+        if num_calls > 4:  # two for a file and its name, and for the manifest
             raise OSError(28, "No space left on device")
         fsync(fd)
 
@@ -513,14 +505,16 @@ form = compressed("int4")
 
 
 def events(call):
-    # Wherever something is written, named, removed or made safe: call(), then do it.
+    # Wherever something is written, named, removed or made safe: call(), then do it. What is safe
+    # from a loss of power makes no difference to a process that is killed, and takes long.
+    fsync = os.fsync
     for owner, name in (
         (os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (Path, "write_text"),
         (pack_rows, "_chunks"), (digests, "digest_of"),
     ):
         def hooked(*args, _plain=getattr(owner, name), **settings):
             call()
-            return _plain(*args, **settings)
+            return None if _plain is fsync else _plain(*args, **settings)
         setattr(owner, name, hooked)
 
 
@@ -540,6 +534,8 @@ def in_child(cache, kill_at):
     os._exit(0)
 
 
+# What is imported or set up on first use, before the forks.
+packed_files(source, source.files, form, PackedCache(Path(root, "first")))
 kills = []
 at = 0
 while True:
@@ -579,7 +575,6 @@ def test_killed_at_any_moment_the_next_run_gives_the_same_bytes(opt, cache, tmp_
         entry = PackedCache(tmp_path / "kills" / str(kill)).entry(whole.entry.key)
         assert bytes_of(entry.directory) == expected, kill
         assert entry.unfinished() is None, kill
-    assert signal.SIGKILL
 
 
 # ---- the command
