@@ -365,7 +365,7 @@ class Entry:
                 shutil.rmtree(self.directory)
 
     def add(
-        self, manifest: Manifest, name: str, num_bytes: int, write: Callable[[IO[bytes]], None]
+        self, manifest: Manifest, name: str, num_bytes: int, write: Callable[[IO[bytes]], object]
     ) -> Manifest:
         """Write one more file, and the manifest with it; to be used from then on.
 

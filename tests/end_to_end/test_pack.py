@@ -15,8 +15,10 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +28,11 @@ from flexport.checkpoint import packed
 from flexport.checkpoint.digests import Digests
 from flexport.checkpoint.packed import PackedCache
 from flexport.cli.main import main
-from flexport.codecs.compressed import compressed
+from flexport.codecs.compressed import Compressed, compressed
 from flexport.engine import pack_rows
 from flexport.engine.packing import Quiet, pack_into, packed_files, prepare
-from flexport.engine.source import open_source
-from flexport.engine.to_pack import packed_layout, packed_name, plan_packing
+from flexport.engine.source import Source, open_source
+from flexport.engine.to_pack import Packing, packed_layout, packed_name, plan_packing
 from flexport.errors import CheckpointError, DiskFull, DoesNotFit, PolicyError, StorageError
 from flexport.models.spec import owned_tensors
 from flexport.testing.checkpoints import tiny_opt
@@ -90,6 +92,17 @@ def cache(tmp_path):
     return PackedCache(tmp_path / "cache")
 
 
+def form_of(codec: str) -> Compressed:
+    form = compressed(codec)
+    assert form is not None, codec
+    return form
+
+
+def plan_of(source: Source, codec: str) -> Packing:
+    assert source.files is not None
+    return plan_packing(source, source.files, form_of(codec))
+
+
 def values_of(source, tensor):
     """A tensor of the checkpoint as safetensors' own library reads it, (features out, in)."""
     name = next(name for name in tensor.names if name in source.files)
@@ -107,7 +120,7 @@ def bytes_of(directory):
 
 
 def pack(source, codec, cache, **settings):
-    packing = plan_packing(source, source.files, compressed(codec))
+    packing = plan_of(source, codec)
     return prepare(source, packing, cache, settings.pop("progress", Quiet()), **settings)
 
 
@@ -117,8 +130,9 @@ def pack(source, codec, cache, **settings):
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_files_hold_what_the_form_makes_of_each_matrix(checkpoints, cache, name, codec):
-    source, form = open_source(str(checkpoints(name)), None, "auto"), compressed(codec)
+    source, form = open_source(str(checkpoints(name)), None, "auto"), form_of(codec)
 
+    assert source.files is not None
     found = packed_files(source, source.files, form, cache)
 
     num_matrices = 0
@@ -129,8 +143,9 @@ def test_the_files_hold_what_the_form_makes_of_each_matrix(checkpoints, cache, n
                 continue
             num_matrices += 1
             expected_RD = values_of(source, tensor)
+            rows, size = tensor.shape
             assert layout == form.layout(
-                packed_name(tensor), tensor.shape, found, transposed=tensor.transposed
+                packed_name(tensor), (rows, size), found, transposed=tensor.transposed
             )
             parts = [load_file(found[part.name].path)[part.name] for part in layout.parts]
             for part, own, its in zip(layout.parts, parts, form.encode(expected_RD), strict=True):
@@ -153,9 +168,13 @@ def test_how_rows_are_cut_into_chunks_changes_no_bit(
     whole = pack(source, codec, PackedCache(tmp_path / "whole"))
     monkeypatch.setattr(pack_rows, "CHUNK_BYTES", 3000)
     rows_of = pack_rows._chunks
-    monkeypatch.setattr(
-        pack_rows, "_chunks", lambda *of: (read.append(1) or each for each in rows_of(*of))
-    )
+
+    def counted(*of):
+        for each in rows_of(*of):
+            read.append(each)
+            yield each
+
+    monkeypatch.setattr(pack_rows, "_chunks", counted)
 
     cut = pack(source, codec, PackedCache(tmp_path / "cut"))
 
@@ -164,7 +183,7 @@ def test_how_rows_are_cut_into_chunks_changes_no_bit(
 
 
 def test_only_the_decoder_layers_matrices_are_packed(opt, cache):
-    packing = plan_packing(opt, opt.files, compressed("int4"))
+    packing = plan_of(opt, "int4")
 
     names = [matrix.name for matrix in packing.matrices]
 
@@ -176,7 +195,7 @@ def test_only_the_decoder_layers_matrices_are_packed(opt, cache):
 def test_routers_and_matrices_with_little_to_gain_stay_as_they_are(checkpoints):
     source = open_source(str(checkpoints("stacked")), None, "auto")
 
-    packing = plan_packing(source, source.files, compressed("int4"))
+    packing = plan_of(source, "int4")
     names = [matrix.name for matrix in packing.matrices]
 
     assert {matrix.stored.tensor.kind for matrix in packing.matrices} == {"matrix"}
@@ -186,7 +205,7 @@ def test_routers_and_matrices_with_little_to_gain_stay_as_they_are(checkpoints):
 
 
 def test_whole_pages_come_first_so_that_they_start_on_one(opt, cache):
-    for tensor in packed_files(opt, opt.files, compressed("int4"), cache).values():
+    for tensor in packed_files(opt, opt.files, form_of("int4"), cache).values():
         if tensor.num_bytes % 4096 == 0:
             assert tensor.offset_bytes % 4096 == 0
 
@@ -206,7 +225,7 @@ def test_alike_layers_of_made_up_weights_are_packed_once(tmp_path):
     source = open_source("facebook/opt-125m", None, "dummy")
     files = source.make_up(tmp_path, "bfloat16", 0)
 
-    found = pack_into(tmp_path, source, files, compressed("int4"))
+    found = pack_into(tmp_path, source, files, form_of("int4"))
 
     assert [path.name for path in tmp_path.glob("layer-*")] == ["layer-00001.safetensors"]
     assert len(found) == 12 * 6 * 2
@@ -224,7 +243,7 @@ def test_a_checkpoint_that_came_packed_is_refused(opt, monkeypatch):
     with pytest.raises(
         PolicyError, match=r"packed already, as mxfp4.*leave --compress-weights out"
     ):
-        plan_packing(opt, opt.files, compressed("int4"))
+        plan_of(opt, "int4")
 
 
 def test_a_model_with_nothing_to_pack_is_refused(tmp_path):
@@ -233,7 +252,7 @@ def test_a_model_with_nothing_to_pack_is_refused(tmp_path):
     )
 
     with pytest.raises(PolicyError, match="no matrix that is large enough"):
-        plan_packing(source, source.files, compressed("int4"))
+        plan_of(source, "int4")
 
 
 # ---- found again
@@ -248,10 +267,10 @@ def refuse_to_work(monkeypatch):
 
 
 def test_a_second_start_reads_and_packs_nothing(opt, cache, monkeypatch):
-    first = packed_files(opt, opt.files, compressed("int4"), cache)
+    first = packed_files(opt, opt.files, form_of("int4"), cache)
     refuse_to_work(monkeypatch)
 
-    again = packed_files(opt, opt.files, compressed("int4"), PackedCache(cache.directory))
+    again = packed_files(opt, opt.files, form_of("int4"), PackedCache(cache.directory))
 
     assert again == first
 
@@ -332,11 +351,11 @@ def test_a_damaged_file_of_the_hubs_cache_is_not_packed(opt, cache, tmp_path):
 class Hooked:
     """A form that calls somebody before it encodes."""
 
-    hook: object
-    form: object = field(default_factory=lambda: compressed("int4"))
+    hook: Callable[[int], object]
+    form: Compressed = field(default_factory=lambda: form_of("int4"))
     num_calls: int = 0
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.form, name)
 
     def encode(self, values_RD):
@@ -396,7 +415,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(opt, cac
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(packed.shutil, "disk_usage", lambda _: Usage())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage())
 
     with pytest.raises(DoesNotFit, match=r"1000 B left.*FLEXPORT_CACHE.*--compress-weights none"):
         pack(opt, "int4", cache)
@@ -493,7 +512,7 @@ from pathlib import Path
 import torch
 from flexport.checkpoint import digests
 from flexport.checkpoint.packed import PackedCache
-from flexport.codecs.compressed import compressed
+from flexport.codecs.compressed import Compressed, compressed
 from flexport.engine import pack_rows
 from flexport.engine.packing import packed_files
 from flexport.engine.source import open_source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 from contextlib import suppress
@@ -100,7 +101,8 @@ def test_a_cache_that_cant_be_made_is_told_with_what_would_work(tmp_path):
 
 
 def test_a_file_is_read_once_for_as_long_as_nobody_touches_it(tmp_path):
-    path, read = tmp_path / "x", []
+    path = tmp_path / "x"
+    read: list[int] = []
     path.write_bytes(b"abc")
 
     first = Digests(tmp_path / "digests.json").of(path, read.append)
@@ -216,11 +218,14 @@ def test_a_sound_entry_is_not_read_again(tmp_path, monkeypatch):
 def test_a_copied_cache_is_read_once_and_then_known(tmp_path):
     filled(PackedCache(tmp_path / "one"))
     (tmp_path / "one").rename(tmp_path / "two")
-    entry, read = PackedCache(tmp_path / "two").entry(KEY), []
+    entry = PackedCache(tmp_path / "two").entry(KEY)
+    read: list[int] = []
 
-    unknown = entry.unknown_bytes(entry.manifest())
-    entry.check(entry.manifest(), NAMES, read.append)
-    entry.check(entry.manifest(), NAMES, read.append)
+    manifest = entry.manifest()
+    assert manifest is not None
+    unknown = entry.unknown_bytes(manifest)
+    entry.check(manifest, NAMES, read.append)
+    entry.check(manifest, NAMES, read.append)
 
     assert unknown == 6
     assert read == [3, 3]
@@ -256,7 +261,8 @@ def test_damage_is_told_by_the_files_name_with_what_to_do(tmp_path, damage, told
 
 
 def test_to_verify_is_to_read_what_is_known_too(tmp_path):
-    entry, read = filled(PackedCache(tmp_path)), []
+    entry = filled(PackedCache(tmp_path))
+    read: list[int] = []
 
     entry.check(entry.manifest(), NAMES, read.append, read_all=True)
 
@@ -358,7 +364,8 @@ def test_the_second_to_pack_waits_and_says_so(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="a file that is open can't be removed there")
 def test_who_waited_for_an_entry_that_was_removed_makes_it_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "_POLL_S", 0.001)
-    entry, told, there = filled(PackedCache(tmp_path)), threading.Event(), []
+    entry, told = filled(PackedCache(tmp_path)), threading.Event()
+    there: list[str] = []
 
     def second():
         with PackedCache(tmp_path).entry(KEY).locked(told.set):
@@ -381,11 +388,12 @@ def test_clearing_takes_the_manifest_first_and_leaves_what_is_to_be_kept(tmp_pat
     entry, gone = filled(PackedCache(tmp_path)), []
     (entry.directory / "a.part-1").write_bytes(b"")
     unlink = Path.unlink
-    monkeypatch.setattr(
-        Path,
-        "unlink",
-        lambda path, *args, **settings: (gone.append(path.name), unlink(path, *args, **settings)),
-    )
+
+    def noted(path, missing_ok=False):
+        gone.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
 
     with entry.locked(nobody):
         entry.clear(keep={"b": entry.manifest().files["b"]})
@@ -395,7 +403,7 @@ def test_clearing_takes_the_manifest_first_and_leaves_what_is_to_be_kept(tmp_pat
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(packed.shutil, "disk_usage", lambda _: Usage())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage())
     entry = filled(PackedCache(tmp_path))
 
     entry.require_room(5 << 20)
