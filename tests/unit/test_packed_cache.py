@@ -18,6 +18,7 @@ from flexport.checkpoint.header import read_header
 from flexport.checkpoint.packed import Manifest, PackedCache, default_directory
 from flexport.checkpoint.writer import PAGE_BYTES, FileLayout, NewTensor, new_file
 from flexport.errors import CheckpointError, DiskFull, DoesNotFit, StorageError, UsageError
+from flexport.locks import try_lock
 
 KEY = "0123456789abcdef"
 BLANK = Manifest(
@@ -384,10 +385,29 @@ def test_who_waited_for_an_entry_that_was_removed_makes_it_anew(tmp_path, monkey
     assert there == ["lock"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a file that is open can't be removed there")
+def test_a_lock_whose_file_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    entry, tries = PackedCache(tmp_path).entry(KEY), []
+
+    def removed_then_lock(fd):
+        tries.append(fd)
+        if len(tries) == 1:
+            (entry.directory / "lock").unlink()
+        return try_lock(fd)
+
+    monkeypatch.setattr(packed, "try_lock", removed_then_lock)
+    with entry.locked(lambda: None):
+        there = (entry.directory / "lock").exists()
+
+    assert len(tries) == 2
+    assert there
+
+
 def test_clearing_takes_the_manifest_first_and_leaves_what_is_to_be_kept(tmp_path, monkeypatch):
     entry, gone = filled(PackedCache(tmp_path)), []
     (entry.directory / "a.part-1").write_bytes(b"")
-    unlink = Path.unlink
+    unlink, iterdir = Path.unlink, Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path))))
 
     def noted(path, missing_ok=False):
         gone.append(path.name)
