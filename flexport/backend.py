@@ -24,6 +24,8 @@ __all__ = [
     "Backend",
     "BackendPlugin",
     "Capabilities",
+    "MultipliesPacked",
+    "PackedMatrix",
     "PacksWeights",
     "Ticket",
 ]
@@ -165,6 +167,51 @@ class PacksWeights(Protocol):
 
     def pack(self, weight_FD: Tensor) -> Tensor:
         """An opaque tensor that `matmul` takes in place of `weight_FD`, of about the same size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedMatrix:
+    """A matrix (F, D) of few bits a number, as `MultipliesPacked` gets it: on the device.
+
+    "int8": codes, int8 (F, D), and scales, float32 (F); a value is code * scale.
+
+    "int4": codes, uint8 (B, D, 32), and scales with zeros, bfloat16 (B, G, 64, 2), in B tiles of 64
+    rows, the last of which may have rows that belong to nothing. Byte i of a feature holds row i of
+    the tile in its lower half and row i + 32 in its upper half; `group` neighbouring features of a
+    row share a scale and a zero. A value is (code - 8) * scale + zero.
+    """
+
+    form: Literal["int8", "int4"]
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, int]
+    group: int = 0
+
+
+@runtime_checkable
+class MultipliesPacked(Protocol):
+    """An optional power: products with matrices as they are packed.
+
+    Where a backend has not got it, or says no, the core decodes a matrix once a layer and sweep.
+    """
+
+    def multiplies(self, form: str, dtype: torch.dtype, num_tokens: int) -> bool:
+        """Whether it should be asked, in place of decoding, for products in `dtype`.
+
+        num_tokens are those of the product and of all earlier ones with the same copy of the matrix.
+        In float32, products must be of the exact values; in a narrower dtype, activations may be
+        rounded to 8 bits, each token by itself.
+        """
+
+    def settle(self, matrix: PackedMatrix, dtype: torch.dtype) -> PackedMatrix | None:
+        """The matrix laid out once for all products in `dtype`, opaque, of about the same size.
+
+        It has memory of its own and is never decoded. None: it stays as it is packed.
+        """
+
+    def matmul_packed(
+        self, x_TD: Tensor, matrices: Sequence[PackedMatrix], biases_F: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """x @ matrix.T + bias for each, (T, F) in x's dtype; otherwise as `Backend.matmul`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,11 @@ from typing import Any
 
 from flexport.errors import PolicyError
 
-__all__ = ["Budgets", "Policy", "Split", "Tier"]
+__all__ = ["WEIGHT_CODECS", "Budgets", "Policy", "Split", "Tier"]
+
+WEIGHT_CODECS = ("none", "int8", "int4", "int4:32", "int4:64", "int4:128", "int4:256")
+"""How weights may be compressed. int8 has a scale a row; int4 a scale and a zero for each group of
+64 features, or of as many as are named."""
 
 
 class Tier(Enum):
@@ -74,6 +78,8 @@ class Policy:
     sweep of decode steps multiplies with those rows of the query, key and value matrices that are
     at home on the host on the CPU too, so that they stay where they are. Where host and device are
     one memory there is nothing to spare, and neither may be asked for.
+
+    compress_weights is how the decoder layers' matrices are packed, where they rest and travel.
     """
 
     weights: Split = Split()
@@ -85,11 +91,17 @@ class Policy:
     sweep_tokens: int = 0
     cpu_attention: bool = False
     cpu_projections: bool = False
+    compress_weights: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("cpu_attention", "cpu_projections"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.compress_weights not in WEIGHT_CODECS:
+            raise PolicyError(
+                f"weights can't be compressed as {self.compress_weights!r}; it is one of "
+                f"{', '.join(WEIGHT_CODECS)}"
+            )
         for name in ("batch_size", "num_batches", "prefill_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

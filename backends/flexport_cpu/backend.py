@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexport.backend import AttentionSpec, Capabilities, Ticket
-from flexport_cpu import memory
+from flexport.backend import AttentionSpec, Capabilities, PackedMatrix, Ticket
+from flexport_cpu import memory, packed
 from flexport_cpu.attention import attention
 from flexport_cpu.facts import facts
 from flexport_cpu.linear import linear, onednn_says, pack
@@ -30,7 +30,7 @@ __all__ = ["CpuBackend"]
 
 
 class CpuBackend:
-    """The five verbs on the CPU, and packed weights."""
+    """The five verbs on the CPU, weights laid out for its kernels, and products with packed ones."""
 
     def __init__(self) -> None:
         dtypes, reason = choose_dtypes(
@@ -111,6 +111,22 @@ class CpuBackend:
         """The weight in the layout of the matrix kernels, for weights that stay in memory."""
         self._must_be_open("pack")
         return pack(weight_FD)
+
+    def multiplies(self, form: str, dtype: torch.dtype, num_tokens: int) -> bool:
+        """Whether the kernels of `flexport_cpu.packed` are quicker than decoding."""
+        return packed.multiplies(form, dtype, num_tokens)
+
+    def settle(self, matrix: PackedMatrix, dtype: torch.dtype) -> PackedMatrix | None:
+        """The matrix in the kernels' layout, for matrices that stay in memory."""
+        self._must_be_open("settle")
+        return packed.settle(matrix, dtype)
+
+    def matmul_packed(
+        self, x_TD: Tensor, matrices: Sequence[PackedMatrix], biases_F: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Products with packed matrices; see `flexport_cpu.packed`."""
+        self._must_be_open("matmul_packed")
+        return packed.matmul_packed(x_TD, matrices, biases_F)
 
     def _must_be_open(self, verb: str) -> None:
         if self._closed:

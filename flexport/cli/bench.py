@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexport.bench.workload import Workload
-from flexport.cli.engine_options import add_engine_arguments, engine_settings
+from flexport.cli.engine_options import add_engine_arguments, engine_settings, positive
 from flexport.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("repeats", 3, "runs; their median counts. Loading is not counted"),
     ):
         work.add_argument(
-            f"--{name}", type=_positive, metavar="N", default=default,
+            f"--{name}", type=positive, metavar="N", default=default,
             help=f"{meaning} (default: {default})",
         )  # fmt: skip
     work.add_argument(
@@ -119,13 +119,3 @@ def _measure(args: argparse.Namespace, spec: ModelSpec, dtype: str, backend: str
 
 def _say(line: str) -> None:
     print(line if "\n" in line else f"flexport: {line}", file=sys.stderr, flush=True)
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return number

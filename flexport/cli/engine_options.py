@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from flexport.errors import UsageError
-from flexport.policy import Policy
+from flexport.policy import WEIGHT_CODECS, Policy
 from flexport.units import parse_bytes
 
-__all__ = ["add_engine_arguments", "engine_settings"]
+__all__ = ["add_engine_arguments", "engine_settings", "positive"]
 
 _SHARES = ("WD", "WH", "KD", "KH", "AD", "AH")
 
 _BLOCK_OPTIONS = ("batch_size", "num_batches", "prefill_tokens", "sweep_tokens")
-_POLICY_OPTIONS = ("percent", *_BLOCK_OPTIONS, "cpu_attention")
+_POLICY_OPTIONS = ("percent", *_BLOCK_OPTIONS, "cpu_attention", "compress_weights")
 _SETTINGS = (
     "model",
     "revision",
@@ -87,19 +87,19 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plan.add_argument(
         "--batch-size",
-        type=_positive,
+        type=positive,
         metavar="ROWS",
         help="rows of a micro-batch (default: the policy's)",
     )
     plan.add_argument(
         "--num-batches",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="micro-batches that share each sweep over the weights (default: the policy's)",
     )
     plan.add_argument(
         "--prefill-tokens",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
         help="most tokens in one visit of a layer; longer micro-batches are prefilled in "
         "pieces (default: the policy's)",
@@ -117,6 +117,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="attend on the CPU over the cache that is not on the device, so that queries and "
         "results cross the link in its place; auto: where that is predicted to be faster "
         "(default: auto)",
+    )
+    plan.add_argument(
+        "--compress-weights",
+        choices=WEIGHT_CODECS,
+        metavar="none|int8|int4|int4:GROUP",
+        help="pack the matrices of the decoder layers, where they rest and where they travel, in 8 "
+        "bits (a scale a row) or in 4 (a scale and a zero for each 64 features, or GROUP: 32, 64, "
+        "128, 256); made once and kept, see `flexport pack` (default: none)",
     )
 
     budgets = parser.add_argument_group(
@@ -170,6 +178,11 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**settings, "policy": Policy.from_file(args.policy)}
 
 
+def positive(text: str) -> int:
+    """An argument's type: a whole number >= 1."""
+    return _whole(text, 1)
+
+
 def _size(text: str) -> int:
     try:
         return parse_bytes(text)
@@ -185,10 +198,6 @@ def _whole(text: str, least: int) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
     return number
-
-
-def _positive(text: str) -> int:
-    return _whole(text, 1)
 
 
 def _natural(text: str) -> int:

@@ -34,6 +34,10 @@ COMMANDS = {
         "run a file of prompts through a model; with no options, the embedded demo",
     ),
     "bench": ("flexport.cli.bench", "measure generation throughput on synthetic prompts"),
+    "quality": (
+        "flexport.cli.quality",
+        "measure what packing weights and KV cache does to a model's answers, on any text",
+    ),
     "backends": ("flexport.cli.backends", "list the registered backends: usable, or why not"),
     "pack": (
         "flexport.cli.pack",

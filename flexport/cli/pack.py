@@ -19,6 +19,7 @@ from flexport.engine.packing import known_entry, prepare
 from flexport.engine.source import open_source
 from flexport.engine.to_pack import left_as_they_are, plan_packing
 from flexport.errors import CheckpointError, StorageError, UsageError
+from flexport.policy import WEIGHT_CODECS
 from flexport.units import format_bytes, format_count, format_seconds
 
 __all__ = ["add_arguments", "run"]
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     packing.add_argument(
         "--compress-weights",
+        choices=[codec for codec in WEIGHT_CODECS if codec != "none"],
         metavar="int8|int4[:GROUP]",
         help="a byte a weight; or half a byte, and a scale for each GROUP of 32, 64, 128 or 256 "
         "weights (default: 64)",
@@ -99,8 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace, cache: PackedCache) -> int:
     form = compressed(args.compress_weights)
-    if form is None:
-        raise UsageError("--compress-weights none packs nothing; give int8 or int4")
+    assert form is not None, args.compress_weights
     source = open_source(args.model, args.revision, "auto")
     assert source.files is not None, source.name
     packing = plan_packing(source, source.files, form)

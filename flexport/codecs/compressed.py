@@ -10,16 +10,14 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from flexport.backend import PackedMatrix
 from flexport.codecs.layout import Format, Layout, Part
-from flexport.errors import PolicyError
+from flexport.policy import WEIGHT_CODECS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CODECS", "Compressed", "Int4Tiles", "Int8Rows", "compressed"]
-
-CODECS = ("none", "int8", "int4")
-"""What `--compress-weights` takes; an int4 may say the size of its groups, e.g. "int4:128"."""
+__all__ = ["Compressed", "Int4Tiles", "Int8Rows", "compressed"]
 
 TILE_ROWS = 64
 """Rows of a tile of four-bit numbers."""
@@ -42,20 +40,17 @@ class Compressed(Format, Protocol):
     def fits(self, shape: tuple[int, int]) -> bool:
         """Whether a matrix (features out, features in) is worth packing."""
 
+    def matrix(self, parts: Sequence[Tensor], shape: tuple[int, int]) -> PackedMatrix:
+        """Some of its rows, for a backend that multiplies with it as it is."""
+
 
 def compressed(codec: str) -> Compressed | None:
-    """The form of that name; None is "none". Raises PolicyError."""
+    """The form of one of `policy.WEIGHT_CODECS`; that of "none" is None."""
+    assert codec in WEIGHT_CODECS, codec
     name, _, group = codec.partition(":")
-    if codec == "none":
+    if name == "none":
         return None
-    if codec == "int8":
-        return Int8Rows()
-    if name == "int4" and (not group or group in ("32", "64", "128", "256")):
-        return Int4Tiles(group=int(group or 64))
-    raise PolicyError(
-        f"weights can't be compressed as {codec!r}: it is none, int8, int4, or int4:GROUP with "
-        "groups of 32, 64 (what int4 alone means), 128 or 256"
-    )
+    return Int8Rows() if name == "int8" else Int4Tiles(group=int(group or 64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +91,10 @@ class Int8Rows:
     def fits(self, shape: tuple[int, int]) -> bool:
         """Of less than 64 features, a row's scale would be more than a sixteenth."""
         return shape[1] >= 64
+
+    def matrix(self, parts: Sequence[Tensor], shape: tuple[int, int]) -> PackedMatrix:
+        """See `Compressed`."""
+        return PackedMatrix(form="int8", parts=tuple(parts), shape=shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,3 +158,7 @@ class Int4Tiles:
         rows, features = shape
         padded = math.ceil(rows / TILE_ROWS) * TILE_ROWS
         return padded <= 1.25 * rows and features >= self.group
+
+    def matrix(self, parts: Sequence[Tensor], shape: tuple[int, int]) -> PackedMatrix:
+        """See `Compressed`."""
+        return PackedMatrix(form="int4", parts=tuple(parts), shape=shape, group=self.group)

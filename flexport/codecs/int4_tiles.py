@@ -24,8 +24,9 @@ __all__ = ["TILE_ROWS", "decode", "encode"]
 
 TILE_ROWS = 64
 
-_AT_ONCE = 1 << 20
-"""Values decoded in one go, so that what lies between stays in the processor's caches."""
+_AT_ONCE = 16 << 20
+"""Values decoded in one go, with as many bytes beside them: a few large steps. To stay in the
+processor's caches would take so many small ones that their starting costs more than is gained."""
 
 
 def encode(values_RD: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +40,7 @@ def encode(values_RD: Tensor, group: int) -> tuple[Tensor, Tensor]:
     codes_BID = functional.pad(quantised.codes_RD, (0, 0, 0, padding)).view(tiles, TILE_ROWS, -1)
     low_BCD, high_BCD = codes_BID.chunk(2, 1)
     codes_BDC = (low_BCD | high_BCD << 4).transpose(1, 2).contiguous()
-    pairs_RG2 = torch.stack([quantised.scales_RG, quantised.zeros_RG], -1)
+    pairs_RG2 = torch.stack([quantised.scales_RP, quantised.zeros_RP], -1)
     pairs_BIG2 = functional.pad(pairs_RG2, (0, 0, 0, 0, 0, padding)).unflatten(
         0, (tiles, TILE_ROWS)
     )
@@ -74,10 +75,10 @@ def _fill(codes_BDC: Tensor, scales_BGI2: Tensor, out_BDI: Tensor, group: int) -
     # Each step writes in place: a product of mixed dtypes, or a broadcast addcmul, takes five
     # times as long as all of these.
     half = TILE_ROWS // 2
-    out_BDI[..., :half] = codes_BDC & 15
-    out_BDI[..., half:] = codes_BDC >> 4
-    out_BDI -= 8
-    scales_BGI, zeros_BGI = scales_BGI2.to(out_BDI.dtype).unbind(-1)
+    out_BDI[..., :half] = (codes_BDC & 15).view(torch.int8).sub_(8)
+    out_BDI[..., half:] = (codes_BDC >> 4).view(torch.int8).sub_(8)
+    # Side by side, too: what is broadcast is else read number by number.
+    scales_BGI, zeros_BGI = (pair.contiguous() for pair in scales_BGI2.to(out_BDI.dtype).unbind(-1))
     size = out_BDI.shape[1]
     for begin, end, groups in _groups(size, group):
         part = out_BDI[:, begin:end].unflatten(1, (groups.stop - groups.start, -1))

@@ -8,8 +8,9 @@ Dimension key: R rows, D features.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from flexport.codecs.quantise import quantise_rows
 
 __all__ = ["decode", "encode"]
 
@@ -19,13 +20,7 @@ _AT_ONCE = 1 << 20
 
 def encode(values_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers (R, D) and scales (R). Raises ValueError if a value is not finite."""
-    wide_RD = values_RD.float()
-    scales_R = wide_RD.abs().amax(1) / 127
-    if not scales_R.isfinite().all():
-        raise ValueError("a value is not finite")
-    factors_R1 = torch.where(scales_R > 0, 1 / scales_R, 0)[:, None]
-    codes_RD = (wide_RD * factors_R1).round_().clamp_(-127, 127).to(torch.int8)
-    return codes_RD, scales_R
+    return quantise_rows(values_RD)
 
 
 def decode(codes_RD: Tensor, scales_R: Tensor, out_RD: Tensor) -> Tensor:

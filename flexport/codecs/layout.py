@@ -5,14 +5,19 @@ Torch is not imported here, so that a checkpoint can be looked at, planned for a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from flexport.units import VALUE_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Format", "Layout", "Part"]
+
+_ITEM_BYTES = {"uint8": 1, "int8": 1, **VALUE_BYTES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +48,15 @@ class Layout:
     """Of the numbers. The first dimension are the rows, between which it may be cut."""
     transposed: bool = False
     """Rows are features in: the matrix that x is multiplied with is the transposed one."""
+
+    @property
+    def num_bytes(self) -> int:
+        """All parts, each of which has one dtype."""
+        return sum(
+            math.prod(part.shape) * _ITEM_BYTES[dtype]
+            for part in self.parts
+            for dtype in part.dtypes or ()
+        )
 
     @property
     def rows_per_cut(self) -> int:

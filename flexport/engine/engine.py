@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from flexport.backend import Backend, Capabilities
+from flexport.backend import Backend, Capabilities, MultipliesPacked
+from flexport.codecs.compressed import compressed
 from flexport.engine.attempts import forget, joined, retry
+from flexport.engine.compression import weights_summary
 from flexport.engine.in_flight import InFlight
 from flexport.engine.limits import default_budgets, dtype_for
 from flexport.engine.plan import Plan, model_sizes
@@ -82,8 +85,9 @@ class Engine:
         when is written to `trace`, a Chrome trace.
         """
         self._source = open_source(model, revision, load_format)
-        self._sizes_in: dict[str, ModelSizes] = {}
-        """By dtype computed in: half a second's work where there are 50,000 experts."""
+        self._sizes_in: dict[tuple[str, str, bool], ModelSizes] = {}
+        """By dtype computed in, how weights are compressed, and whether they are ever decoded: half a
+        second's work where there are 50,000 experts."""
         self.spec = self._source.spec
         self._asked_dtype = dtype
         self._asked_budgets = budgets
@@ -156,30 +160,41 @@ class Engine:
 
         yield from self._in_attempts(job, rows, attempt)
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+    def score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        through_cache: bool = False,
+    ) -> Iterator[tuple[int, Score]]:
         """How likely each continuation is after its context, both given as token ids.
 
-        Where memory runs out it goes on like `generate`, with the pairs that have no score yet.
+        Gives (index of the pair, score) in the order in which rows end. A continuation is computed
+        together with its context, or through_cache, token by token in decode steps. Closing the
+        iterator early, errors, and memory that runs out are as with `generate`.
         """
+        with self._one_job():
+            yield from self._score(pairs, through_cache)
+
+    def _score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], through_cache: bool
+    ) -> Iterator[tuple[int, Score]]:
         if not pairs:
-            return []
+            return
         # The last token of a continuation is scored and never computed.
         longest = max(len(context) + len(target) - 1 for context, target in pairs)
         self._check_length(longest, 1)
-        job = JobSizes(prompt_tokens=longest, new_tokens=1, num_rows=len(pairs))
+        steps = max(len(target) for _, target in pairs) if through_cache else 1
+        prompt_tokens = max(len(context) for context, _ in pairs) if through_cache else longest
+        job = JobSizes(prompt_tokens=prompt_tokens, new_tokens=steps, num_rows=len(pairs))
         rows = InFlight(range(len(pairs)))
-        scores: dict[int, Score] = {}
 
-        def attempt(loaded: Loaded) -> Iterator[None]:
-            for index, score in loaded.score((index, *pairs[index]) for index in rows.remaining()):
+        def attempt(loaded: Loaded) -> Iterator[tuple[int, Score]]:
+            left = ((index, *pairs[index]) for index in rows.remaining())
+            for index, score in loaded.score(left, through_cache=through_cache):
                 rows.done(index)
-                scores[index] = score
-                yield
+                yield index, score
 
-        with self._one_job():
-            for _ in self._in_attempts(job, rows, attempt):
-                pass
-        return [scores[index] for index in range(len(pairs))]
+        yield from self._in_attempts(job, rows, attempt)
 
     def close(self) -> None:
         """Give everything back. A second call does nothing."""
@@ -346,7 +361,7 @@ class Engine:
             policy
             or self._policy
             or choose(
-                self._sizes,
+                self._sizes(choice.compress_weights or "none"),
                 job,
                 self.budgets,
                 page_tokens=preferred,
@@ -373,23 +388,53 @@ class Engine:
             needs=needs,
             budgets=self.budgets,
             page_tokens=page_tokens_for(policy, preferred),
-            stream_bytes=round(policy.weights.disk * self._sizes.stream_bytes),
+            stream_bytes=round(
+                policy.weights.disk * self._sizes(policy.compress_weights).stream_bytes
+            ),
+            compression={"weights": self._weights_summary(policy.compress_weights)},
         )
 
     def _footprint(self, job: JobSizes, policy: Policy) -> Footprint:
         facts = self._facts
         return footprint(
-            self._sizes, job, policy, facts.page_tokens, facts.unified, facts.addressable
+            self._sizes(policy.compress_weights),
+            job,
+            policy,
+            facts.page_tokens,
+            facts.unified,
+            facts.addressable,
         )
 
-    @property
-    def _sizes(self) -> ModelSizes:
-        dtype = self.dtype
-        if dtype not in self._sizes_in:
-            self._sizes_in[dtype] = model_sizes(
-                self.spec, lambda tensor: self._source.size(tensor, dtype), VALUE_BYTES[dtype]
+    def _weights_summary(self, codec: str) -> dict[str, Any]:
+        if codec != "none" and self._source.packing is not None:
+            raise PolicyError(
+                f"--compress-weights {codec}: the weights of {self.model_name} are packed already, as "
+                f"{self._source.packing.name}, and run as they are; leave --compress-weights out"
             )
-        return self._sizes_in[dtype]
+        return weights_summary(self.spec, codec)
+
+    def _sizes(self, codec: str) -> ModelSizes:
+        dtype, form, decodes = self.dtype, compressed(codec), self._decodes(codec)
+        if (dtype, codec, decodes) not in self._sizes_in:
+            self._sizes_in[dtype, codec, decodes] = model_sizes(
+                self.spec,
+                lambda tensor: self._source.size(tensor, dtype, form, decodes=decodes),
+                VALUE_BYTES[dtype],
+            )
+        return self._sizes_in[dtype, codec, decodes]
+
+    def _decodes(self, codec: str) -> bool:
+        """Whether weights that are packed so are ever decoded.
+
+        Before the backend is open the answer is no, since it may multiply with them.
+        """
+        if not hasattr(self, "backend"):
+            return False
+        if not isinstance(self.backend, MultipliesPacked):
+            return True
+        from flexport.torch_ops import torch_dtype
+
+        return not self.backend.multiplies(codec, torch_dtype(self.dtype), sys.maxsize)
 
     def _unload(self) -> None:
         """Give the weights back, and all that was made on disk."""

@@ -47,6 +47,7 @@ class LLM:
         prefill_tokens: int | None = None,
         sweep_tokens: int | None = None,
         cpu_attention: Literal["auto", "on", "off"] = "auto",
+        compress_weights: str | None = None,
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
@@ -58,6 +59,9 @@ class LLM:
         """Sizes are bytes or text such as "14GiB"; without `model` it is the embedded demo.
 
         `backend` is a registered name, or an open backend, which stays the caller's to close.
+
+        `compress_weights` is one of `flexport.policy.WEIGHT_CODECS`; None is "none", or what the
+        policy says.
 
         `on_plan` is called with each plan before anything of it is done; `trace` is a file for
         what every lane does when, in the Chrome trace format. Raises UsageError, or
@@ -75,6 +79,7 @@ class LLM:
             prefill_tokens=prefill_tokens,
             sweep_tokens=sweep_tokens,
             cpu_attention=_switch("cpu_attention", cpu_attention),
+            compress_weights=compress_weights,
         )
         if policy != "auto" and choice != Choice():
             raise PolicyError(
@@ -164,13 +169,22 @@ class LLM:
         prompts = [tokenizer.apply_chat_template(messages) for messages in many]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params)
 
-    def score(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[Score]:
+    def score(
+        self, pairs: Sequence[tuple[Prompt, Prompt]], *, through_cache: bool = False
+    ) -> list[Score]:
         """The log-likelihood of each continuation after its context.
 
         An empty context is the model's beginning-of-text token. A `Score` is a float that also
-        has `is_greedy` and `token_log_probs`.
+        has `is_greedy`, `token_log_probs` and `best_token_ids`.
+
+        A continuation is computed together with its context, which is quick. With through_cache it
+        goes token by token, as if it were generated, so that what the cache makes of keys and
+        values shows; in an exact cache both give the same, but for rounding and for models whose
+        angles depend on how long a prompt is.
         """
-        return self.engine.score([self._pair(context, target) for context, target in pairs])
+        listed = [self._pair(context, target) for context, target in pairs]
+        scores = dict(self.engine.score(listed, through_cache=through_cache))
+        return [scores[index] for index in range(len(listed))]
 
     def close(self) -> None:
         """Give everything back."""

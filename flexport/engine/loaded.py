@@ -6,16 +6,19 @@ This is what needs torch; what comes before, `engine`, does without.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from flexport.backend import Backend
+from flexport.checkpoint.packed import PackedCache
+from flexport.codecs.compressed import Compressed, compressed
 from flexport.engine.admission import Admission, Area
 from flexport.engine.clock import Clock
 from flexport.engine.generation import Generation
 from flexport.engine.host_compute import HostCompute
+from flexport.engine.packing import pack_into, packed_files
 from flexport.engine.pages import CacheShape
 from flexport.engine.plan import Plan
 from flexport.engine.report import report
@@ -28,7 +31,8 @@ from flexport.engine.work import JobWork, Purpose
 from flexport.errors import OutOfMemory
 from flexport.intake.pack import pack
 from flexport.models.spec import Experts
-from flexport.records import Completion, Request
+from flexport.process import keep_heap
+from flexport.records import Completion, FileTensor, Request
 from flexport.registry import CPU, open_backend
 from flexport.schedule.executor import execute
 from flexport.schedule.order import Rota
@@ -57,6 +61,7 @@ class Loaded:
         Raises OutOfMemory, for which no smaller block helps: weights come before any row.
         """
         started_s = time.perf_counter()
+        keep_heap()
         self.closed = False
         self._spec = source.spec
         self.plan = plan
@@ -71,9 +76,12 @@ class Loaded:
                 files = source.files
                 if files is None:
                     files = source.make_up(self.store.open_run_directory(), plan.dtype, seed)
+                form = compressed(plan.policy.compress_weights)
+                if form is not None:
+                    files = {**files, **self._packed(source, files, form)}
                 layers = place_weights(
                     self._spec,
-                    lambda tensor: source.stored(tensor, files),
+                    lambda tensor: source.stored(tensor, files, form),
                     plan.policy.weights,
                     projections_on_host=plan.policy.cpu_projections,
                 )
@@ -101,6 +109,14 @@ class Loaded:
         """What a job that ran out of memory had of device and host: so much there is."""
         self.num_lost = 0
         """Rows that it had begun and gave no result of."""
+
+    def _packed(
+        self, source: Source, files: Mapping[str, FileTensor], form: Compressed
+    ) -> dict[str, FileTensor]:
+        """The files of what flexport packs: kept for the next run, but for made-up weights."""
+        if source.files is None:
+            return pack_into(self.store.open_run_directory(), source, files, form)
+        return packed_files(source, files, form, PackedCache())
 
     def follow(self, plan: Plan) -> None:
         """Go on with another plan that leaves the weights where they are."""
@@ -130,13 +146,13 @@ class Loaded:
                     yield completion
 
     def score(
-        self, pairs: Iterable[tuple[int, Sequence[int], Sequence[int]]]
+        self, pairs: Iterable[tuple[int, Sequence[int], Sequence[int]]], *, through_cache: bool
     ) -> Iterator[tuple[int, Score]]:
         """How likely each continuation is after its context, as rows end.
 
         Takes (index, context, continuation), the latter two as token ids, and gives (index, score).
         """
-        scoring, done = Scoring(), Done()
+        scoring, done = Scoring(through_cache=through_cache), Done()
         rows = [scoring.row(*pair) for pair in pairs]
         rows.sort(key=lambda row: -len(row.prompt_ids))
         size = self.plan.policy.batch_size
@@ -144,8 +160,8 @@ class Loaded:
         with closing(self._run(batches, scoring, done)) as visits:
             for _ in visits:
                 while scoring.scores:
-                    index, num_tokens, score = scoring.scores.popleft()
-                    done.add(num_tokens, 0)
+                    index, row, score = scoring.scores.popleft()
+                    done.add(len(row.prompt_ids), row.max_steps - 1)
                     yield index, score
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -195,6 +195,8 @@ class Plan:
     page_tokens: int
     stream_bytes: int
     """Weights that every sweep reads from disk."""
+    compression: Mapping[str, Any]
+    """Of "weights", what `engine.compression` says."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -208,6 +210,7 @@ class Plan:
             },
             "page_tokens": self.page_tokens,
             "stream_bytes_per_sweep": self.stream_bytes,
+            "compression": dict(self.compression),
         }
 
     def describe(self) -> str:
@@ -254,6 +257,7 @@ class Plan:
                 f"plan: {self.model} on {self.backend} in {self.dtype} ({self.dtype_reason})",
                 *_table(rows),
                 f"  {shape} rows share each sweep over the weights{streams}{pace}",
+                *_compressed(self.compression),
                 *beside,
             ]
         )
@@ -262,6 +266,16 @@ class Plan:
     def _memory_bytes(self) -> int:
         host_bytes = self.budgets.host_bytes if self.needs.unified else 0
         return self.budgets.device_bytes + host_bytes
+
+
+def _compressed(compression: Mapping[str, Any]) -> list[str]:
+    weights = compression["weights"]
+    if weights["codec"] == "none":
+        return []
+    left = [slot.removesuffix(".weight") for slot in list(weights["left"])[:3]]
+    share, bits = 100 * weights["share"], weights["bits"]
+    told = f"{share:.1f} % of the weights in {weights['codec']}, {bits:.2f} bits each"
+    return [f"  {told}; {', '.join(left)} and smaller ones as they are"]
 
 
 def _percent(split: Split, tier: Tier, unified: bool) -> str:

@@ -69,6 +69,7 @@ def report(
         "throughput": throughput(tokens, seconds),
         "predicted": plan.to_dict()["needs"],
         "plan": plan.to_dict(),
+        "compression": dict(plan.compression),
         "machine": {
             "system": platform.platform(),
             "processor": platform.processor() or platform.machine(),

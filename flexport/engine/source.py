@@ -17,10 +17,11 @@ from flexport.checkpoint.directory import (
     same_values,
     unexpected,
 )
+from flexport.codecs.compressed import Compressed
 from flexport.codecs.layout import Format
 from flexport.codecs.published import format_of
 from flexport.demo import MODEL_DIR
-from flexport.engine.stored import Stored, TensorSize, find, in_file
+from flexport.engine.stored import Stored, TensorSize, find, in_file, packed_layout
 from flexport.errors import CheckpointError, UnsupportedModel
 from flexport.models import ModelSpec, known_config, known_names, spec_of
 from flexport.models.spec import Layer, TensorSpec, layer_tensors, owned_tensors
@@ -56,13 +57,37 @@ class Source:
     packing: Format | None = None
     """How the checkpoint packs its matrices, if it does."""
 
-    def stored(self, tensor: TensorSpec, files: Mapping[str, FileTensor]) -> Stored:
-        """How `files`, its own or made up ones, store a tensor."""
-        return find(tensor, files, self.packing).placed(files)
+    def stored(
+        self,
+        tensor: TensorSpec,
+        files: Mapping[str, FileTensor],
+        form: Compressed | None = None,
+    ) -> Stored:
+        """How `files` store a tensor: its own or made up ones, and those that are packed as `form`."""
+        return find(tensor, files, self.packing, form).placed(files)
 
-    def size(self, tensor: TensorSpec, dtype: str) -> TensorSize:
-        """What a tensor takes where, if `dtype` is computed in."""
+    def size(
+        self,
+        tensor: TensorSpec,
+        dtype: str,
+        form: Compressed | None = None,
+        *,
+        decodes: bool = True,
+    ) -> TensorSize:
+        """What a tensor takes where, if `dtype` is computed in and it is packed as `form`.
+
+        `decodes` is whether what is packed so is ever decoded.
+        """
         decoded_bytes = tensor.num_values * VALUE_BYTES[dtype]
+        layout = None if form is None else packed_layout(tensor, form)
+        if layout is not None:
+            num_bytes = layout.num_bytes
+            return TensorSize(
+                disk_bytes=num_bytes,
+                near_bytes=num_bytes,
+                scratch_bytes=decoded_bytes if decodes else 0,
+                rows_per_cut=layout.rows_per_cut,
+            )
         if self.files is None:
             return TensorSize(disk_bytes=decoded_bytes, near_bytes=decoded_bytes)
         stored = self.stored(tensor, self.files)

@@ -8,14 +8,18 @@ Torch is not imported here, so that a checkpoint can be looked at, and refused, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
+from flexport.codecs.compressed import Compressed
 from flexport.codecs.layout import Format, Layout, Part
 from flexport.models.spec import TensorSpec
 from flexport.records import FileTensor
 
-__all__ = ["Stored", "TensorSize", "find", "in_file"]
+__all__ = ["Stored", "TensorSize", "find", "in_file", "packed_layout", "packed_name"]
+
+_ENDS = frozenset({"head.weight", "project_in.weight", "project_out.weight"})
+"""Matrices of the first and the last layer, which every token's error would pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,8 @@ class Stored:
     """None: plain numbers."""
     files: tuple[FileTensor, ...] = ()
     """Of each part."""
+    slice_of: tuple[int, int] | None = None
+    """(i, n): its parts are the i-th of the n slices of the file's tensors."""
 
     @property
     def is_packed(self) -> bool:
@@ -77,22 +83,62 @@ class Stored:
 
     def placed(self, files: Mapping[str, FileTensor]) -> Stored:
         """The same, with where its parts lie."""
-        own = tuple(_own(files[part.name], part, self.tensor) for part in self.layout.parts)
+        own = tuple(_own(files[part.name], part, self.slice_of) for part in self.layout.parts)
         return replace(self, files=own)
 
 
-def find(tensor: TensorSpec, names: Mapping[str, FileTensor], packing: Format | None) -> Stored:
-    """How a checkpoint with these tensors stores `tensor`; as plain numbers if it has none of it."""
+def find(
+    tensor: TensorSpec,
+    names: Container[str],
+    packing: Format | None,
+    form: Compressed | None = None,
+) -> Stored:
+    """How files with these names store `tensor`; as plain numbers if they have none of it.
+
+    `packing` is the checkpoint's own, `form` that in which flexport has packed it, if it has.
+    """
+    if form is not None and (made := packed_layout(tensor, form, names)) is not None:
+        return Stored(tensor=tensor, layout=made, format=form)
     if packing is not None and tensor.kind in ("matrix", "operand"):
         rows, features = tensor.shape
         for name in tensor.names:
             layout = packing.layout(name, (rows, features), names, transposed=tensor.transposed)
             if layout is not None:
-                return Stored(tensor=tensor, layout=layout, format=packing)
+                return Stored(
+                    tensor=tensor, layout=layout, format=packing, slice_of=tensor.slice_of
+                )
     name = next((name for name in tensor.names if name in names), tensor.names[0])
     plain = Part(name=name, shape=tensor.shape)
     layout = Layout(parts=(plain,), shape=tensor.shape, transposed=tensor.transposed)
-    return Stored(tensor=tensor, layout=layout)
+    return Stored(tensor=tensor, layout=layout, slice_of=tensor.slice_of)
+
+
+def packed_name(tensor: TensorSpec) -> str:
+    """What flexport calls a tensor that it has packed, in its own files."""
+    suffix = f".{tensor.slice_of[0]}" if tensor.slice_of is not None else ""
+    return tensor.names[0] + suffix
+
+
+class _Every:
+    """The names of files that are still to be made."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+EVERY = _Every()
+
+
+def packed_layout(
+    tensor: TensorSpec, form: Compressed, names: Container[str] = EVERY
+) -> Layout | None:
+    """How a tensor lies that flexport packs, in files with these names; None if it stays as it is."""
+    if tensor.kind != "matrix" or tensor.slot in _ENDS:
+        return None
+    first, second = tensor.shape
+    if not form.fits((second, first) if tensor.transposed else (first, second)):
+        return None
+    return form.layout(packed_name(tensor), (first, second), names, transposed=tensor.transposed)
 
 
 def in_file(part: Part, tensor: TensorSpec) -> tuple[int, ...]:
@@ -102,9 +148,9 @@ def in_file(part: Part, tensor: TensorSpec) -> tuple[int, ...]:
     return part.shape if tensor.slice_of is None else (tensor.slice_of[1], *part.shape)
 
 
-def _own(file: FileTensor, part: Part, tensor: TensorSpec) -> FileTensor:
+def _own(file: FileTensor, part: Part, slice_of: tuple[int, int] | None) -> FileTensor:
     """The part's bytes, which may be a slice of the file's tensor, in the part's own shape."""
-    index, num_slices = tensor.slice_of or (0, 1)
+    index, num_slices = slice_of or (0, 1)
     num_bytes = file.num_bytes // num_slices
     return replace(
         file,

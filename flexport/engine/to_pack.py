@@ -18,50 +18,13 @@ from flexport.checkpoint.writer import PAGE_BYTES, FileLayout, NewTensor
 from flexport.codecs.compressed import Compressed
 from flexport.codecs.layout import Layout
 from flexport.engine.source import Source
-from flexport.engine.stored import Stored, find
+from flexport.engine.stored import Stored, find, packed_layout, packed_name
 from flexport.errors import PolicyError
-from flexport.models.spec import TensorSpec, owned_tensors
+from flexport.models.spec import owned_tensors
 from flexport.records import FileTensor
 from flexport.units import format_bytes, format_count
 
-__all__ = [
-    "Matrix",
-    "NewFile",
-    "Packing",
-    "left_as_they_are",
-    "packed_layout",
-    "packed_name",
-    "plan_packing",
-    "refuse_packed",
-]
-
-
-class _Every:
-    """The names of a checkpoint that has every form of every matrix."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-
-def packed_name(tensor: TensorSpec) -> str:
-    """What a tensor is called in flexport's own files; its parts' names begin so."""
-    name = tensor.names[0]
-    return name if tensor.slice_of is None else f"{name}.{tensor.slice_of[0]}"
-
-
-def packed_layout(tensor: TensorSpec, form: Compressed) -> Layout | None:
-    """How a decoder layer's tensor will lie; None if it stays as it is."""
-    if tensor.kind != "matrix":
-        return None
-    rows, features = tensor.shape[::-1] if tensor.transposed else tensor.shape
-    if not form.fits((rows, features)):
-        return None
-    first, second = tensor.shape
-    layout = form.layout(
-        packed_name(tensor), (first, second), _Every(), transposed=tensor.transposed
-    )
-    assert layout is not None, (form.name, tensor)
-    return layout
+__all__ = ["Matrix", "NewFile", "Packing", "left_as_they_are", "plan_packing", "refuse_packed"]
 
 
 def refuse_packed(source: Source, form: Compressed) -> None:

@@ -14,13 +14,15 @@ Dimension key: T tokens, D features in, F features out or of a table's row, R ro
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flexport.backend import Backend, PacksWeights
+from flexport.backend import Backend, MultipliesPacked, PackedMatrix, PacksWeights
+from flexport.codecs.compressed import Int4Tiles, Int8Rows
 from flexport.engine.experts import ExpertStream, ExpertWindow, Moving, will_pick_nearly_all
 from flexport.engine.host_compute import HostCompute
 from flexport.engine.shards import Bundle, Shard, decode
@@ -37,8 +39,30 @@ __all__ = ["LayerLease", "ModelWeights"]
 _Stream = tuple[Bundle, Kept]
 """What streams together, and where it is at home."""
 
-_Parts = dict[str, list[tuple[int, Tensor]]]
-"""By slot, tensors on the device, each with the first row that it has of the whole."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Packed:
+    """A shard whose numbers are packed, on the device."""
+
+    shard: Shard
+    parts: Sequence[Tensor]
+    decoded: list[Buffer]
+    """Where the memory is noted that its numbers take, once somebody needs these."""
+
+    @property
+    def matrix(self) -> PackedMatrix | None:
+        """The same for a backend; None in forms that none multiplies with."""
+        form, shape = self.shard.stored.format, self.shard.shape
+        if isinstance(form, Int8Rows | Int4Tiles):
+            return form.matrix(self.parts, (shape[0], shape[1]))
+        return None
+
+
+_Weight = Tensor | PackedMatrix | _Packed
+"""Numbers, or a matrix that is settled, or one that may have to be decoded."""
+
+_Parts = dict[str, list[tuple[int, _Weight]]]
+"""By slot, weights on the device, each with the first row that it has of the whole."""
 
 
 class ModelWeights:
@@ -59,9 +83,7 @@ class ModelWeights:
         self._backend = store.backend
         self._dtype = dtype
         self._shards = layers
-        self._resident: list[dict[str, list[tuple[int, Tensor]]]] = [
-            defaultdict(list) for _ in layers
-        ]
+        self._resident: list[_Parts] = [defaultdict(list) for _ in layers]
         self._streams: list[list[_Stream]] = [[] for _ in layers]
         self.transposed = frozenset(
             shard.slot for shards in layers for shard in shards if shard.stored.transposed
@@ -96,13 +118,14 @@ class ModelWeights:
             self._window = ExpertWindow(self._store, num_bytes, decoded)
 
     def staging_bytes(self, layer: int, *, on_host: bool = False) -> tuple[int, int]:
-        """Device and host bytes that fetching the layer takes, decoded copies included.
+        """Device and host bytes that fetching the layer takes.
 
-        Experts are not in it: they have memory of their own. With `on_host`, the CPU multiplies
-        with what it can.
+        Decoded copies are not in it, which are made when it is computed with, one layer at a time;
+        nor are experts, which have memory of their own. With `on_host`, the CPU multiplies with what
+        it can.
         """
         moving = self.moving(self._streamed(layer, on_host))
-        return moving.device_bytes + moving.decoded_bytes, moving.host_bytes
+        return moving.device_bytes, moving.host_bytes
 
     def fetch(self, layer: int, host: HostCompute | None = None, num_tokens: int = 1) -> LayerLease:
         """Start streaming a layer; given a CPU, without what that multiplies with.
@@ -136,7 +159,7 @@ class ModelWeights:
         shards = [shard for shard in self._shards[layer] if shard.slot == slot]
         resident = dict(self._resident[layer].get(slot, []))
         if len(shards) == 1 and 0 in resident:
-            return resident[0][to_device(self._backend, ids_T)]
+            return self._rows_of(shards[0], resident[0], ids_T)
         wanted_R, places_T = torch.unique(ids_T, return_inverse=True)
         pieces = []
         for shard in sorted(shards, key=lambda shard: shard.begin):
@@ -145,9 +168,10 @@ class ModelWeights:
                 pieces.append(self._rows_of(shard, resident.get(shard.begin), mine_R))
         return torch.cat(pieces)[to_device(self._backend, places_T)]
 
-    def _rows_of(self, shard: Shard, resident_RF: Tensor | None, rows_R: Tensor) -> Tensor:
-        if resident_RF is not None:
-            return resident_RF[to_device(self._backend, rows_R)]
+    def _rows_of(self, shard: Shard, resident: _Weight | None, rows_R: Tensor) -> Tensor:
+        if resident is not None:
+            assert isinstance(resident, Tensor), "a table is never packed"
+            return resident[to_device(self._backend, rows_R)]
         if shard in self._on_host:
             values_RF = self._on_host[shard][rows_R]
         else:
@@ -173,6 +197,7 @@ class ModelWeights:
             self._make_resident(layer, stays)
         own: list[_Stream] = []
         packed = [shard for shard in shards if shard.tier in near and shard.stored.is_packed]
+        packed = self._settle(layer, packed)
         if packed:
             bundle = Bundle(packed)
             own.append((bundle, self._keep_on_device(bundle)))
@@ -207,6 +232,28 @@ class ModelWeights:
             and not shard.stored.is_packed
             and _dtype_of(shard) == self._dtype
         )
+
+    def _settle(self, layer: int, shards: Sequence[Shard]) -> list[Shard]:
+        """Lay out for the backend's products what it never needs decoded; the others are returned."""
+        if not shards or not isinstance(self._backend, MultipliesPacked):
+            return list(shards)
+        bundle, others = Bundle(shards), []
+        on_disk = self._store.keep_file("weights", bundle.runs)
+        lease = self._store.fetch(on_disk)
+        try:
+            lease.ticket.wait()
+            for shard, parts in bundle.views(lease.bytes_B, on_disk):
+                matrix = _Packed(shard, parts, []).matrix
+                settled = None if matrix is None else self._backend.settle(matrix, self._dtype)
+                if settled is None:
+                    others.append(shard)
+                else:
+                    self._store.device.reserve(Pool.rounded(shard.num_bytes))
+                    self._resident[layer][shard.slot].append((shard.first_row, settled))
+            self._backend.sync()
+        finally:
+            lease.release()
+        return others
 
     def _make_resident(self, layer: int, shards: Sequence[Shard]) -> None:
         bundle = Bundle(shards)
@@ -308,7 +355,7 @@ class LayerLease:
         self,
         model: ModelWeights,
         store: Store,
-        resident: Mapping[str, list[tuple[int, Tensor]]],
+        resident: Mapping[str, list[tuple[int, _Weight]]],
         leases: Sequence[tuple[Bundle, Kept, Lease]],
         dtype: torch.dtype,
         host: HostCompute | None = None,
@@ -324,6 +371,8 @@ class LayerLease:
         self._leases = leases
         self._dtype = dtype
         self._decoded: list[Buffer] = []
+        self._tokens: Counter[str] = Counter()
+        """Of each slot that is packed, what it was multiplied with so far."""
         self._parts: _Parts | None = None
         """Parts of each tensor on the device, each with its first row, in their order."""
         self._stream: ExpertStream | None = None
@@ -335,7 +384,7 @@ class LayerLease:
         """Order what is computed from now on after the streams, and decode what they brought."""
         if self._parts is not None:
             return
-        parts = {slot: list(tensors) for slot, tensors in self._resident.items()}
+        parts: _Parts = {slot: list(tensors) for slot, tensors in self._resident.items()}
         self._arrive(parts, self._leases, self._decoded)
         self._parts = parts
 
@@ -349,7 +398,7 @@ class LayerLease:
         """The same for several parts; x crosses to the CPU once, while the device computes."""
         far = [(part, *own) for part in parts for own in self._on_host.get(f"{part}.weight", ())]
         crossing = self._host.send([x_TD]) if self._host is not None and far else None
-        pieces = {part: self._near_products(x_TD, part) for part in parts}
+        pieces = self._near_products(x_TD, parts)
         if crossing is not None and self._host is not None:
             (x_on_host_TD,) = crossing.receive()
             for part, begin, weight_RD in far:
@@ -362,23 +411,67 @@ class LayerLease:
             crossing.release()
         return [_side_by_side(pieces[part]) for part in parts]
 
-    def _near_products(self, x_TD: Tensor, part: str) -> list[tuple[int, Tensor]]:
-        """What the device computes of a product, each with its first feature."""
-        bias_F, products = self._bias(part), []
-        shards = self._all().get(f"{part}.weight", ())
-        if f"{part}.weight" in self._model.transposed:
-            return [(0, self._sum_of_products(x_TD, shards, bias_F))]
-        for begin, weight_RD in shards:
-            bias_R = None if bias_F is None else bias_F[begin : begin + weight_RD.shape[0]]
-            products.append((begin, self._backend.matmul(x_TD, weight_RD, bias_R)))
-        return products
+    def _near_products(
+        self, x_TD: Tensor, parts: Sequence[str]
+    ) -> dict[str, list[tuple[int, Tensor]]]:
+        """What the device computes of each product, in pieces with their first features."""
+        pieces: dict[str, list[tuple[int, Tensor]]] = {part: [] for part in parts}
+        packed: list[tuple[str, int, PackedMatrix, Tensor | None]] = []
+        for part in parts:
+            bias_F, shards = self._bias(part), self._for_product(f"{part}.weight", len(x_TD))
+            if f"{part}.weight" in self._model.transposed:
+                pieces[part] = [(0, self._sum_of_products(x_TD, shards, bias_F))]
+                continue
+            for begin, weight in shards:
+                bias_R = None if bias_F is None else bias_F[begin : begin + weight.shape[0]]
+                if isinstance(weight, PackedMatrix):
+                    packed.append((part, begin, weight, bias_R))
+                else:
+                    pieces[part].append((begin, self._backend.matmul(x_TD, weight, bias_R)))
+        if packed:
+            assert isinstance(self._backend, MultipliesPacked), self._backend
+            names, begins, matrices, biases = zip(*packed, strict=True)
+            products = self._backend.matmul_packed(x_TD, matrices, biases)
+            for part, begin, product_TR in zip(names, begins, products, strict=True):
+                pieces[part].append((begin, product_TR))
+        return pieces
+
+    def _for_product(self, slot: str, num_tokens: int) -> list[tuple[int, Tensor | PackedMatrix]]:
+        """A matrix's parts, decoded where the backend does not multiply so many tokens with them."""
+        parts = self._all().get(slot, [])
+        is_packed = any(isinstance(weight, _Packed) for _, weight in parts)
+        if is_packed:
+            self._tokens[slot] += num_tokens
+        taken: list[tuple[int, Tensor | PackedMatrix]] = []
+        for number, (begin, weight) in enumerate(parts):
+            if isinstance(weight, _Packed):
+                own = weight.matrix
+                if own is None or not self._multiplies(own, self._tokens[slot]):
+                    own_RD = self._decoded_values(weight)
+                    parts[number] = (begin, own_RD)
+                    taken.append((begin, own_RD))
+                else:
+                    taken.append((begin, own))
+            else:
+                taken.append((begin, weight))
+        return taken
+
+    def _multiplies(self, matrix: PackedMatrix, num_tokens: int) -> bool:
+        backend = self._backend
+        return isinstance(backend, MultipliesPacked) and backend.multiplies(
+            matrix.form, self._dtype, num_tokens
+        )
 
     def _sum_of_products(
-        self, x_TD: Tensor, shards: Sequence[tuple[int, Tensor]], bias_F: Tensor | None
+        self,
+        x_TD: Tensor,
+        shards: Sequence[tuple[int, Tensor | PackedMatrix]],
+        bias_F: Tensor | None,
     ) -> Tensor:
         """The product with a matrix that is cut by features in."""
         total_TF: Tensor | None = None
         for begin, weight_FR in shards:
+            assert isinstance(weight_FR, Tensor), "what flexport packs lies by features out"
             x_TR = x_TD[:, begin : begin + weight_FR.shape[1]]
             product_TF = self._backend.matmul(x_TR, weight_FR, bias_F)
             total_TF, bias_F = product_TF if total_TF is None else total_TF.add_(product_TF), None
@@ -448,23 +541,41 @@ class LayerLease:
         for bundle, kept, lease in came:
             lease.ticket.wait()
             for shard, views in bundle.views(lease.bytes_B, kept):
-                values = self._decode(shard, views, decoded)
-                if shard.stored.transposed:
-                    values = values.T
-                slot = shard.slot
-                own = [*parts.get(slot, ()), (shard.first_row, values)]
+                slot, weight = shard.slot, self._arrived(shard, views, decoded)
+                own = [*parts.get(slot, ()), (shard.first_row, weight)]
                 parts[slot] = sorted(own, key=lambda part: part[0])
 
+    def _arrived(self, shard: Shard, views: Sequence[Tensor], decoded: list[Buffer]) -> _Weight:
+        """What has come, in the dtype computed in unless it is packed."""
+        if shard.stored.is_packed:
+            return _Packed(shard, views, decoded)
+        values = views[0]
+        if values.dtype != _dtype_in_use(shard, self._dtype):
+            values = self._decode(shard, views, decoded)
+        return values.T if shard.stored.transposed else values
+
+    def _decoded_values(self, packed: _Packed) -> Tensor:
+        values = self._decode(packed.shard, packed.parts, packed.decoded)
+        return values.T if packed.shard.stored.transposed else values
+
     def _whole(self, slot: str) -> Tensor:
-        parts = self._all()[slot]
-        if len(parts) > 1:
-            parts[:] = [(0, torch.cat([part for _, part in parts]))]
-        return parts[0][1]
+        values = []
+        for _, weight in self._all()[slot]:
+            assert not isinstance(weight, PackedMatrix), f"{slot} is settled for products"
+            values.append(self._decoded_values(weight) if isinstance(weight, _Packed) else weight)
+        whole = values[0] if len(values) == 1 else torch.cat(values)
+        self._all()[slot] = [(0, whole)]
+        return whole
 
     def rows(self, part: str, ids_T: Tensor) -> Tensor:
         """Rows of a table; those of a tied token table are the head's."""
         shared = part == "tokens" and self._model.spec.tied_head
         return self._model.rows("head.weight" if shared else f"{part}.weight", ids_T)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What decoded copies take now, those of experts left out."""
+        return sum(buffer.num_bytes for buffer in self._decoded)
 
     def release(self) -> None:
         """The sweep has left this layer."""
@@ -477,7 +588,7 @@ class LayerLease:
             lease.release()
         self._leases = ()
 
-    def _all(self) -> dict[str, list[tuple[int, Tensor]]]:
+    def _all(self) -> _Parts:
         assert self._parts is not None, "the weights were not waited for"
         return self._parts
 
@@ -487,8 +598,6 @@ class LayerLease:
         decoded.clear()
 
     def _decode(self, shard: Shard, parts: Sequence[Tensor], decoded: list[Buffer]) -> Tensor:
-        if parts[0].dtype == _dtype_in_use(shard, self._dtype):
-            return parts[0]
         buffer = self._store.device.take(math.prod(shard.shape) * self._dtype.itemsize)
         decoded.append(buffer)
         return decode(shard, parts, as_tensor(buffer.bytes_B, 0, shard.shape, self._dtype))

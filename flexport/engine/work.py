@@ -311,7 +311,9 @@ class JobWork:
         """What has to stay free: for what computing leaves, for states and for batches to come."""
         used = self._hidden.used_bytes
         behind, states = self._behind_bytes, self._states_bytes
-        device_bytes = behind[0] + max(0, states[0] - used[0])
+        # What is left for decoded weights is in use already where some are.
+        decoded_bytes = sum(layer.decoded_bytes for layer in self._layers.values())
+        device_bytes = max(0, behind[0] - decoded_bytes) + max(0, states[0] - used[0])
         host_bytes = behind[1] + max(0, states[1] - used[1])
         if self.more_to_come:
             claims = [batch.cache.claim_bytes for batch in self.batches.values()]

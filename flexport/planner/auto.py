@@ -90,6 +90,8 @@ class Choice:
     sweep_tokens: int | None = None
     cpu_attention: bool | None = None
     cpu_projections: bool | None = None
+    compress_weights: str | None = None
+    """Precision is nobody's to lower but the caller's: None is "none"."""
 
 
 def choose(
@@ -267,6 +269,7 @@ def _blocks(model: ModelSizes, job: JobSizes, fixed: Choice) -> Iterator[Policy]
             num_batches=num_batches,
             prefill_tokens=prefill_tokens,
             sweep_tokens=sweep_tokens,
+            compress_weights=fixed.compress_weights or "none",
         )
 
 

@@ -32,7 +32,15 @@ from torch import Tensor
 
 from flexport.backend import AttentionSpec
 
-__all__ = ["Mask", "attention", "check_attention", "forget", "parts", "seen_pages"]
+__all__ = [
+    "Mask",
+    "attention",
+    "check_attention",
+    "forget",
+    "parts",
+    "seen_pages",
+    "step_weights",
+]
 
 TILE_BYTES = 32 << 20
 """Float32 scores of a tile. Work memory is about three times that: scores, weights, and what one
@@ -64,6 +72,27 @@ def attention(
         part = (tile.rows, tile.heads, slice(None), tile.queries)
         out_NKQLE[part].copy_(_attend(q_NKQLE[part], keys_NKGE, values_NKGE, tile, spec))
     return out_NHLE
+
+
+def step_weights(q_NHLE: Tensor, keys_NKGE: Sequence[Tensor], spec: AttentionSpec) -> Tensor:
+    """What `attention` adds the values of columns 0 .. length-1 up by, one query a row.
+
+    Float32, (N, H, length), 0 for columns that are not seen. With sinks they add up to less than 1.
+    """
+    check_attention(q_NHLE, keys_NKGE, keys_NKGE, spec)
+    num_rows, num_heads, num_queries, _ = q_NHLE.shape
+    assert num_queries == 1, q_NHLE.shape
+    num_kv_heads = keys_NKGE[0].shape[1]
+    whole = _Tile(
+        rows=slice(0, num_rows),
+        heads=slice(0, num_kv_heads),
+        queries=slice(0, 1),
+        columns=slice(0, spec.length),
+        first_query=spec.length - 1,
+    )
+    q_NKQLE = q_NHLE.unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
+    weights_BRP = _weights(q_NKQLE, keys_NKGE, whole, spec)
+    return weights_BRP.view(num_rows, num_heads, -1)[:, :, : spec.length]
 
 
 def check_attention(
@@ -142,6 +171,19 @@ def _attend(
     spec: AttentionSpec,
 ) -> Tensor:
     """One tile of the result, (n, k, Q, I, E)."""
+    weights_BRP = _weights(q_nkQIE, keys_NKGE, tile, spec)
+    sums_BRE: Tensor | None = None
+    for values_BWE, columns in _seen(values_NKGE, tile):
+        product_BRE = torch.bmm(weights_BRP[:, :, columns].to(q_nkQIE.dtype), values_BWE)
+        sums_BRE = product_BRE.float() if sums_BRE is None else sums_BRE.add_(product_BRE)
+    assert sums_BRE is not None, f"{tile} sees no column"
+    return sums_BRE.view(q_nkQIE.shape)
+
+
+def _weights(
+    q_nkQIE: Tensor, keys_NKGE: Sequence[Tensor], tile: _Tile, spec: AttentionSpec
+) -> Tensor:
+    """The softmax of a tile's logits, (B, R, P)."""
     n, k, group, num_queries, head_dim = q_nkQIE.shape
     in_q, in_scores = _two_factors(spec.scale)
     q_BRE = (q_nkQIE * in_q).reshape(n * k, group * num_queries, head_dim)
@@ -152,15 +194,7 @@ def _attend(
         scores_BRP[:, :, columns].copy_(torch.bmm(q_BRE, keys_BWE.mT))
 
     _shape_scores(scores_BRP.view(n, k, group, num_queries, num_logits), tile, spec, in_scores)
-    weights_BRP = torch.softmax(scores_BRP, -1)
-    del scores_BRP
-
-    sums_BRE: Tensor | None = None
-    for values_BWE, columns in _seen(values_NKGE, tile):
-        product_BRE = torch.bmm(weights_BRP[:, :, columns].to(q_BRE.dtype), values_BWE)
-        sums_BRE = product_BRE.float() if sums_BRE is None else sums_BRE.add_(product_BRE)
-    assert sums_BRE is not None, f"{tile} sees no column"
-    return sums_BRE.view(q_nkQIE.shape)
+    return torch.softmax(scores_BRP, -1)
 
 
 def _two_factors(scale: float) -> tuple[float, float]:

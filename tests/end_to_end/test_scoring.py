@@ -28,7 +28,7 @@ def _expected(found, context, target):
     logits_TV = logits_LV[len(context) - 1 : -1]
     targets_T = torch.tensor(target)
     log_probs_T = logits_TV.log_softmax(-1).gather(-1, targets_T[:, None])[:, 0]
-    return log_probs_T.tolist(), bool((logits_TV.argmax(-1) == targets_T).all())
+    return log_probs_T.tolist(), tuple(logits_TV.argmax(-1).tolist())
 
 
 @pytest.mark.parametrize("variant", ["125m-like", "350m-like", "galactica-like"])
@@ -42,8 +42,9 @@ def _expected(found, context, target):
     ],
 )
 @pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("through_cache", [False, True], ids=["at once", "step by step"])
 def test_scores_are_the_log_probabilities_that_transformers_gives(
-    variant, options, discrete, reference, nothing_left
+    variant, options, discrete, through_cache, reference, nothing_left
 ):
     found = reference(variant)
     pairs = _pairs(found)
@@ -55,13 +56,18 @@ def test_scores_are_the_log_probabilities_that_transformers_gives(
             device_memory="64MiB", host_memory="64MiB", offload_dir=nothing_left, **options,
         ) as llm,
     ):  # fmt: skip
-        scores = llm.score(pairs)
+        scores = llm.score(pairs, through_cache=through_cache)
+        tokens = llm.report["tokens"]
 
     for (context, target), score in zip(pairs, scores, strict=True):
-        log_probs, is_greedy = _expected(found, context, target)
+        log_probs, best_ids = _expected(found, context, target)
         assert score.token_log_probs == pytest.approx(log_probs, abs=TOLERANCE)
         assert float(score) == pytest.approx(sum(log_probs), abs=TOLERANCE * len(target))
-        assert score.is_greedy == is_greedy
+        assert score.best_token_ids == best_ids
+        assert score.is_greedy == (best_ids == tuple(target))
+    # All tokens are computed but each row's last one, this way or that.
+    assert sum(tokens.values()) == sum(len(context) + len(target) - 1 for context, target in pairs)
+    assert (tokens["generated"] > 0) == through_cache
     assert scores[-1].is_greedy
     assert not scores[0].is_greedy
 
@@ -85,6 +91,22 @@ def test_scoring_and_generating_take_turns_on_one_engine(
     assert ids == found.greedy
     assert again == pytest.approx(first, abs=TOLERANCE)
     assert in_use_later_bytes == in_use_bytes
+
+
+def test_scores_come_as_rows_end_and_a_job_may_be_left_in_the_middle(reference, nothing_left):
+    found = reference()
+    pairs = _pairs(found)
+
+    with flexport.LLM(
+        found.directory, dtype="float32", percent=[0, 0, 0, 0, 0, 0], batch_size=2, num_batches=1,
+        device_memory="64MiB", offload_dir=nothing_left,
+    ) as llm:  # fmt: skip
+        early = llm.engine.score(pairs, through_cache=True)
+        index, first = next(early)
+        early.close()  # type: ignore[attr-defined]  # it is a generator
+        scores = llm.score(pairs, through_cache=True)
+
+    assert scores[index] == pytest.approx(first, abs=TOLERANCE)
 
 
 def test_nothing_can_be_scored_after_nothing(reference):
@@ -118,7 +140,9 @@ def test_a_row_longer_than_a_head_group_is_scored_whole(tmp_path):
 
     with flexport.LLM(directory, dtype="float32", device_memory="64MiB") as llm:
         scores = llm.score([(ids[:1], ids[1:]), (ids[:300], ids[300:])])
+        in_steps = llm.score([(ids[:300], ids[300:])], through_cache=True)
         _ = llm.generate([[5]], SamplingParams(max_tokens=1))
 
     assert scores[0].token_log_probs == pytest.approx(expected_L.tolist(), abs=TOLERANCE)
-    assert scores[1].token_log_probs == pytest.approx(expected_L[299:].tolist(), abs=TOLERANCE)
+    for score in (scores[1], in_steps[0]):
+        assert score.token_log_probs == pytest.approx(expected_L[299:].tolist(), abs=TOLERANCE)
