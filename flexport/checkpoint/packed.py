@@ -236,7 +236,10 @@ class Entry:
                 problems.append(f"{self.directory / name} {problem}")
         if problems:
             raise self._damaged("\n  - ".join(["", *problems]))
-        with suppress(OSError):
+
+    def use(self) -> None:
+        """Note that it is streamed from."""
+        with suppress(OSError):  # a cache that others fill may be read-only
             os.utime(self.directory / _MANIFEST)
 
     def is_sound(self, name: str, file: PackedFile) -> bool:
@@ -352,21 +355,17 @@ class Entry:
 
         with self.locked(refuse):
             self.clear()
-            try:
+            if sys.platform != "win32":
                 # With the lock's file gone, whoever waits for it makes another.
-                if sys.platform != "win32":
+                with suppress(OSError):
                     (self.directory / _LOCK).unlink()
                     self.directory.rmdir()
-            except OSError as error:
-                raise StorageError(
-                    f"can't remove {self.directory}: {error.strerror or error}"
-                ) from error
         if sys.platform == "win32":  # an open file can't be removed there
             with suppress(OSError):
                 shutil.rmtree(self.directory)
 
     def add(
-        self, manifest: Manifest, name: str, num_bytes: int, write: Callable[[IO[bytes]], None]
+        self, manifest: Manifest, name: str, num_bytes: int, write: Callable[[IO[bytes]], object]
     ) -> Manifest:
         """Write one more file, and the manifest with it; to be used from then on.
 
@@ -378,23 +377,26 @@ class Entry:
                 write(file)
                 file.flush()
                 digest = digest_of(file)
+            self._cache.digests.remember(path, stamp_of(path), digest)
+            packed = PackedFile(num_bytes=num_bytes, sha256=digest)
+            manifest = replace(manifest, files={**manifest.files, name: packed})
+            self._write(_UNFINISHED, manifest)
         except DiskFull as error:
             raise DiskFull(
                 f"{error}; make room and start again, and packing goes on where it stopped, or "
                 f"{_ELSEWHERE}"
             ) from error
-        self._cache.digests.remember(path, stamp_of(path), digest)
-        assert path.stat().st_size == num_bytes, (path, num_bytes)
-        packed = PackedFile(num_bytes=num_bytes, sha256=digest)
-        manifest = replace(manifest, files={**manifest.files, name: packed})
-        self._write(_UNFINISHED, manifest)
         return manifest
 
     def complete(self, manifest: Manifest) -> None:
         """Say that all files are there."""
-        self._write(_MANIFEST, manifest)
-        with suppress(OSError):  # the next one to pack here removes it
-            (self.directory / _UNFINISHED).unlink(missing_ok=True)
+        self._write(_UNFINISHED, manifest)
+        try:
+            (self.directory / _UNFINISHED).replace(self.directory / _MANIFEST)
+        except OSError as error:
+            raise StorageError(
+                f"can't write {self.directory / _MANIFEST}: {error.strerror or error}"
+            ) from error
 
     def _write(self, name: str, manifest: Manifest) -> None:
         text = json.dumps(asdict(manifest), indent=1).encode()

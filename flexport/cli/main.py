@@ -39,6 +39,10 @@ COMMANDS = {
         "measure what packing weights and KV cache does to a model's answers, on any text",
     ),
     "backends": ("flexport.cli.backends", "list the registered backends: usable, or why not"),
+    "pack": (
+        "flexport.cli.pack",
+        "compress a model's weights ahead of time, or show, check and remove what is compressed",
+    ),
     "models": ("flexport.cli.models", "list model families and known models, or show one model"),
 }
 """Each command's module and its line in `flexport --help`."""

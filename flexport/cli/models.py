@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from flexport.cli.table import columns
 from flexport.models import about, families, known_config, known_names, spec_of, summary
 from flexport.units import format_bytes, format_count
 
@@ -83,9 +84,9 @@ def _as_text(family_rows: Sequence[dict[str, Any]], model_rows: Sequence[dict[st
     ]
     return "\n".join(
         [
-            *_columns(families_table),
+            *columns(families_table),
             "",
-            *_columns(models_table),
+            *columns(models_table),
             "",
             "Sizes are for 16-bit weights and cache; active parameters are those that a token meets,",
             "where they are not all. Any checkpoint of a family runs from its directory or hub id;",
@@ -103,15 +104,3 @@ def _active(row: dict[str, Any]) -> str:
 def _about(row: dict[str, Any]) -> str:
     added = "" if row["from"] == "flexport" else f"(from {row['from']})"
     return f"{row['about']} {added}".strip()
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: words to the left, numbers to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -1,6 +1,6 @@
 """How a job goes, for people: a bar on a terminal, a plain line now and then elsewhere.
 
-All of it goes to stderr. The time left is what the rows so far took, for the rows to come.
+All of it goes to stderr. The time left is what the rows (or bytes) so far took, for those to come.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from flexport.apps.batch import Progress
-from flexport.units import format_seconds
+from flexport.engine.packing import PackProgress
+from flexport.units import format_bytes, format_seconds
 
-__all__ = ["ProgressLines", "say", "show_progress"]
+__all__ = ["PackingLines", "ProgressLines", "say", "show_packing", "show_progress"]
 
 LINE_EVERY_S = 10.0
 """Often enough to see that a job lives, seldom enough for a log file."""
@@ -154,3 +155,86 @@ class ProgressLines:
             left_s = max(0, self._num_rows - num_done) * elapsed_s / num_now
             parts.append(f"about {format_seconds(left_s)} left")
         print(f"flexport: {', '.join(parts)}", file=self._stream, flush=True)
+
+
+@contextmanager
+def show_packing() -> Iterator[PackProgress]:
+    """Progress of packing weights on stderr, while the block runs."""
+    progress = _PackingBar() if sys.stderr.isatty() else PackingLines(sys.stderr)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+class _PackingBar:
+    """A bar over bytes, one for each thing that takes a while."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def begin(self, what: str, total_bytes: int) -> None:
+        """Say it, and show a new bar."""
+        from tqdm import tqdm
+
+        self.close()
+        self.say(what)
+        self._bar = tqdm(
+            total=total_bytes,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+
+    def advance(self, num_bytes: int) -> None:
+        """Advance the bar."""
+        self._bar.update(num_bytes)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        say(f"flexport: {text}")
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class PackingLines:
+    """A line every ten seconds."""
+
+    def __init__(self, stream: TextIO, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock_s = clock_s
+        self._total_bytes = self._done_bytes = 0
+        self._started_s = self._next_line_s = 0.0
+
+    def begin(self, what: str, total_bytes: int) -> None:
+        """Say it, and count from nothing."""
+        self.say(what)
+        self._total_bytes, self._done_bytes = total_bytes, 0
+        self._started_s = self._clock_s()
+        self._next_line_s = self._started_s + LINE_EVERY_S
+
+    def advance(self, num_bytes: int) -> None:
+        """Count, and print a line if it is time for one."""
+        self._done_bytes += num_bytes
+        now_s = self._clock_s()
+        if now_s < self._next_line_s:
+            return
+        self._next_line_s = now_s + LINE_EVERY_S
+        rate = self._done_bytes / (now_s - self._started_s)
+        left_s = max(0, self._total_bytes - self._done_bytes) / rate
+        self.say(
+            f"{format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)}, "
+            f"{rate / 1e6:.0f} MB/s, about {format_seconds(left_s)} left"
+        )
+
+    def say(self, text: str) -> None:
+        """A line."""
+        print(f"flexport: {text}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing more to say."""

@@ -8,6 +8,7 @@ changes no bit. Torch is not imported before something is packed.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -26,7 +27,7 @@ from flexport.errors import CheckpointError, StorageError
 from flexport.records import FileTensor
 from flexport.units import format_bytes
 
-__all__ = ["PackProgress", "Packed", "Quiet", "pack_into", "packed_files", "prepare"]
+__all__ = ["PackProgress", "Packed", "Quiet", "known_entry", "pack_into", "packed_files", "prepare"]
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,10 @@ class Packed:
     packing: Packing
     entry: Entry
     manifest: Manifest
+    packed_bytes: int = 0
+    """Of the checkpoint, packed right now."""
+    packing_s: float = 0.0
+    """How long that took."""
 
     @property
     def tensors(self) -> dict[str, FileTensor]:
@@ -102,16 +107,16 @@ def prepare(
     used = _digests(packing, cache.digests, progress)
     content = packing.content(used)
     entry = cache.entry(packing.key(content))
-    manifest = None if overwrite else entry.manifest()
-    if manifest is None:
+    packed = None if overwrite else _whole(entry, packing)
+    if packed is None:
 
         def wait() -> None:
             where = entry.directory
             progress.say(f"another process packs these weights in {where}; waiting for it")
 
         with entry.locked(wait):
-            manifest = None if overwrite else entry.manifest()
-            if manifest is None:
+            packed = None if overwrite else _whole(entry, packing)
+            if packed is None:
                 blank = Manifest(
                     model=_model(source),
                     revision=_revision(source),
@@ -122,14 +127,29 @@ def prepare(
                     flexport=flexport.__version__,
                     created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 )
-                manifest = _fill(entry, packing, blank, cache.digests, used, progress)
-    unknown_bytes = entry.unknown_bytes(manifest)
+                packed = _fill(entry, packing, blank, cache.digests, used, progress)
+    unknown_bytes = entry.unknown_bytes(packed.manifest)
     if unknown_bytes:
         where = entry.directory
         size = format_bytes(unknown_bytes)
         progress.begin(f"checking {size} of packed weights in {where}", unknown_bytes)
-    entry.check(manifest, [new.name for new in packing.files], progress.advance)
-    return Packed(packing=packing, entry=entry, manifest=manifest)
+    entry.check(packed.manifest, [new.name for new in packing.files], progress.advance)
+    entry.use()
+    return packed
+
+
+def _whole(entry: Entry, packing: Packing) -> Packed | None:
+    manifest = entry.manifest()
+    return None if manifest is None else Packed(packing=packing, entry=entry, manifest=manifest)
+
+
+def known_entry(packing: Packing, cache: PackedCache) -> Entry | None:
+    """Its entry in the cache, there or not; None if files would have to be read to know its key."""
+    known = _known(packing, cache.digests)
+    digests = {path: digest for path, digest in known.items() if digest is not None}
+    if len(digests) < len(known):
+        return None
+    return cache.entry(packing.key(packing.content(digests)))
 
 
 def pack_into(
@@ -162,8 +182,8 @@ def _fill(
     digests: Digests,
     used: Mapping[Path, str],
     progress: PackProgress,
-) -> Manifest:
-    """Write what an interrupted run has not written yet; returns the manifest."""
+) -> Packed:
+    """Write what an interrupted run has not written yet."""
     before = entry.unfinished()
     wanted = {new.name for new in packing.files}
     kept = {
@@ -176,9 +196,9 @@ def _fill(
     entry.require_room(sum(new.num_bytes for new in todo))
     stamps = _read_for_certain(packing, digests, used, progress)
     again = f" ({len(kept)} of {len(packing.files)} files are there already)" if kept else ""
-    progress.begin(
-        f"packing {packing}, in {entry.directory}{again}", sum(new.source_bytes for new in todo)
-    )
+    todo_bytes = sum(new.source_bytes for new in todo)
+    progress.begin(f"packing {packing}, in {entry.directory}{again}", todo_bytes)
+    started_s = time.monotonic()
     manifest = replace(blank, files=kept)
     for new in todo:
 
@@ -188,12 +208,26 @@ def _fill(
 
         manifest = entry.add(manifest, new.name, new.num_bytes, write)
     entry.complete(manifest)
-    return manifest
+    return Packed(
+        packing=packing,
+        entry=entry,
+        manifest=manifest,
+        packed_bytes=todo_bytes,
+        packing_s=time.monotonic() - started_s,
+    )
+
+
+def _known(packing: Packing, digests: Digests) -> dict[Path, str | None]:
+    """Digests of the files that hold what is packed, as far as none has to be read for them.
+
+    A file of the hub's cache is called by its.
+    """
+    return {path: hub_digest(path) or digests.known(path) for path in packing.source_paths}
 
 
 def _digests(packing: Packing, digests: Digests, progress: PackProgress) -> dict[Path, str]:
-    """Of the files that hold what is packed; those of the hub's cache are called by theirs."""
-    found = {path: hub_digest(path) or digests.known(path) for path in packing.source_paths}
+    """Of the files that hold what is packed; reads those whose are not known."""
+    found = _known(packing, digests)
     unknown = [path for path, digest in found.items() if digest is None]
     if unknown:
         num_bytes = sum(_size(path) for path in unknown)

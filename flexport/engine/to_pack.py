@@ -24,7 +24,7 @@ from flexport.models.spec import owned_tensors
 from flexport.records import FileTensor
 from flexport.units import format_bytes, format_count
 
-__all__ = ["Matrix", "NewFile", "Packing", "plan_packing", "refuse_packed"]
+__all__ = ["Matrix", "NewFile", "Packing", "left_as_they_are", "plan_packing", "refuse_packed"]
 
 
 def refuse_packed(source: Source, form: Compressed) -> None:
@@ -115,6 +115,11 @@ class Packing:
         return sum(file.num_bytes for file in self.files)
 
     @property
+    def bits_per_weight(self) -> float:
+        """In the files, their headers included."""
+        return 8 * self.num_bytes / self.num_values
+
+    @property
     def source_paths(self) -> list[Path]:
         """The files that hold any of it."""
         return sorted({matrix.stored.files[0].path for matrix in self.matrices})
@@ -142,11 +147,10 @@ class Packing:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        bits = 8 * self.num_bytes / max(1, self.num_values)
         return (
             f"{format_count(self.num_values)} weights as {self.form.name}: "
             f"{format_bytes(self.source_bytes)} become {format_bytes(self.num_bytes)}, "
-            f"{bits:.2f} bits a weight"
+            f"{self.bits_per_weight:.2f} bits a weight"
         )
 
 
@@ -182,3 +186,32 @@ def plan_packing(source: Source, files: Mapping[str, FileTensor], form: Compress
             "it; leave --compress-weights out"
         )
     return Packing(form=form, files=tuple(new_files), names=names)
+
+
+def left_as_they_are(source: Source, form: Compressed) -> dict[str, tuple[int, int]]:
+    """Tensors of a checkpoint that are not packed, by the reason: how many, and their bytes."""
+    assert source.files is not None, source.name
+    spec = source.spec
+    found: dict[str, tuple[int, int]] = {}
+    for layer in range(spec.num_schedule_layers):
+        for tensor in owned_tensors(spec, layer):
+            if not 1 <= layer <= spec.num_layers:
+                reason = _ENDS
+            elif packed_layout(tensor, form) is not None:
+                continue
+            else:
+                reason = _REASONS.get(tensor.kind, _TOO_SMALL)
+            number, num_bytes = found.get(reason, (0, 0))
+            stored = find(tensor, source.files, None).placed(source.files)
+            found[reason] = (number + 1, num_bytes + stored.num_bytes)
+    return found
+
+
+_ENDS = "embedding and head: their errors reach every token, and tables are read by rows"
+_TOO_SMALL = "matrices of shapes that would hardly become smaller"
+_REASONS = {
+    "norm": "norms and biases: vectors",
+    "bias": "norms and biases: vectors",
+    "operand": "routers and the like: what they decide or join needs every bit",
+}
+"""By the kind of tensor."""

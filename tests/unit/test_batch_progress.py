@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 
-from flexport.cli.progress import ProgressLines
+from flexport.cli.progress import PackingLines, ProgressLines
 
 
 class Clock:
@@ -50,3 +50,21 @@ def test_where_the_end_is_unknown_no_time_left_is_claimed() -> None:
     progress.tick()
 
     assert stream.getvalue() == "flexport: 1 rows, 1 failed, 0.0 tok/s\n"
+
+
+def test_packing_says_what_it_does_and_every_ten_seconds_how_far_it_is() -> None:
+    clock, stream = Clock(), io.StringIO()
+    progress = PackingLines(stream, clock)
+
+    progress.begin("packing", 100 << 20)
+    for _ in range(25):
+        clock.now_s += 1
+        progress.advance(1 << 20)
+    progress.begin("checking", 5)
+
+    assert stream.getvalue().splitlines() == [
+        "flexport: packing",
+        "flexport: 10.00 MiB of 100.00 MiB, 1 MB/s, about 1 min 30 s left",
+        "flexport: 20.00 MiB of 100.00 MiB, 1 MB/s, about 1 min 20 s left",
+        "flexport: checking",
+    ]
