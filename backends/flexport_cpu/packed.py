@@ -111,8 +111,8 @@ class _Rounded:
         made_TF = _times_int8(self._bytes_TD, self._scales_T1, matrix)
         if not len(self._again_R):
             return made_TF
-        out_TF, left_RF = made_TF.split([self._num_tokens, len(self._again_R)])
-        return out_TF.index_add_(0, self._again_R, left_RF)
+        out_TF = made_TF[: self._num_tokens]
+        return out_TF.index_add_(0, self._again_R, made_TF[self._num_tokens :])
 
 
 def _times_int8(bytes_TD: Tensor, scales_T1: Tensor, matrix: PackedMatrix) -> Tensor:
@@ -184,7 +184,7 @@ def _has_int8() -> bool:
     """
     if not {"avx512_vnni", "avx_vnni", "avx512vnni", "avxvnni"} & set(processor_flags()):
         return False
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    if not (torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)):
         return False
     codes_FD = torch.full((16, 64), 127, dtype=torch.int8)
     codes_FD[::2] = -127

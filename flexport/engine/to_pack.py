@@ -202,7 +202,7 @@ def left_as_they_are(source: Source, form: Compressed) -> dict[str, tuple[int, i
             else:
                 reason = _REASONS.get(tensor.kind, _TOO_SMALL)
             number, num_bytes = found.get(reason, (0, 0))
-            stored = find(tensor, source.files, None).placed(source.files)
+            stored = find(tensor, source.files).placed(source.files)
             found[reason] = (number + 1, num_bytes + stored.num_bytes)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_groups_side_by_side_are_a_table_of_fbgemms(bits):
 # ---- keys and values
 
 
-def error_of(keys_NKGE: Tensor, along: str) -> Tensor:
+def error_of(keys_NKGE: Tensor, along: Literal["tokens", "features"]) -> Tensor:
     """How far attention scores of keys are off when these are packed, on average."""
     plane = Plane(num_heads=keys_NKGE.shape[1], head_dim=keys_NKGE.shape[3], bits=4, along=along)
     lines = keys_NKGE.mT if along == "tokens" else keys_NKGE
