@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexport.bench.workload import Workload
 from flexport.cli.engine_options import add_engine_arguments, engine_settings, positive
+from flexport.cli.progress import show_packing
 from flexport.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
 
     from flexport.engine.llm import LLM
 
-    with LLM(**settings, on_plan=lambda plan: _say(plan.describe())) as llm:
+    with LLM(
+        **settings, on_plan=lambda plan: _say(plan.describe()), show_packing=show_packing
+    ) as llm:
         from flexport.bench import job  # and torch, after what can be refused without it
 
         ceilings = _ceilings_from(known_data) if known_data else None

@@ -26,7 +26,7 @@ from flexport.apps.quality import (
     windows,
 )
 from flexport.cli.engine_options import add_engine_arguments, engine_settings, positive
-from flexport.cli.progress import say, show_progress
+from flexport.cli.progress import say, show_packing, show_progress
 from flexport.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -136,7 +136,11 @@ def _open_llm(settings: Mapping[str, Any], codecs: Codecs) -> LLM:
 
     from flexport.engine.llm import LLM  # and torch, after what can be refused without it
 
-    return LLM(**own, on_plan=lambda plan: _log.info("%s", plan.describe()))
+    return LLM(
+        **own,
+        on_plan=lambda plan: _log.info("%s", plan.describe()),
+        show_packing=show_packing,
+    )
 
 
 def _text(args: argparse.Namespace, is_demo: bool) -> str | None:

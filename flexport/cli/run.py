@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flexport.apps.batch import JobSummary, run_job
 from flexport.apps.demo import outcome
 from flexport.cli.engine_options import add_engine_arguments, engine_settings
-from flexport.cli.progress import say, show_progress
+from flexport.cli.progress import say, show_packing, show_progress
 from flexport.errors import StorageError, UsageError
 from flexport.intake.encode import Encoder
 from flexport.intake.jsonl import read_rows
@@ -146,7 +146,12 @@ def open_llm(args: argparse.Namespace) -> LLM:
 
     from flexport.engine.llm import LLM  # and torch, after what can be refused without it
 
-    return LLM(**settings, seed=args.seed, on_plan=lambda plan: say(plan.describe()))
+    return LLM(
+        **settings,
+        seed=args.seed,
+        on_plan=lambda plan: say(plan.describe()),
+        show_packing=show_packing,
+    )
 
 
 class _Job:

@@ -39,6 +39,7 @@ from flexport.units import VALUE_BYTES
 
 if TYPE_CHECKING:
     from flexport.engine.loaded import Loaded
+    from flexport.engine.packing import ShowPacking
     from flexport.engine.scoring import Score
 
 __all__ = ["Engine"]
@@ -73,6 +74,7 @@ class Engine:
         seed: int = 0,
         on_plan: Callable[[Plan], None] | None = None,
         trace: Path | None = None,
+        show_packing: ShowPacking | None = None,
     ) -> None:
         """`backend` is a registered name, or one that is open and stays the caller's to close.
 
@@ -81,8 +83,8 @@ class Engine:
         answers was asked for, too, and says more than the number of them that share a sweep.
 
         `budgets` are caps in bytes for device, host and disk; None takes what is free.
-        `on_plan` is called with each plan before anything of it is done. What every lane does
-        when is written to `trace`, a Chrome trace.
+        `on_plan` is called with each plan before anything of it is done, `show_packing` when weights
+        are packed or checked. What every lane does when is written to `trace`, a Chrome trace.
         """
         self._source = open_source(model, revision, load_format)
         self._sizes_in: dict[tuple[str, str, bool], ModelSizes] = {}
@@ -96,6 +98,7 @@ class Engine:
         self._choice = choice or Choice()
         self._seed = seed
         self._on_plan = on_plan
+        self._show_packing = show_packing
         self._loaded: Loaded | None = None
         self._busy = False
         self.plan: Plan | None = None
@@ -346,6 +349,7 @@ class Engine:
                 self._offload_dir,
                 self._seed,
                 self._trace.record if self._trace else None,
+                self._show_packing,
             )
         self._loaded.follow(plan)
         return self._loaded

@@ -18,6 +18,7 @@ from flexport.tokenizer import Tokenizer
 from flexport.units import parse_bytes
 
 if TYPE_CHECKING:
+    from flexport.engine.packing import ShowPacking
     from flexport.engine.scoring import Score
 
 __all__ = ["LLM"]
@@ -56,6 +57,7 @@ class LLM:
         seed: int = 0,
         on_plan: Callable[[Plan], None] | None = None,
         trace: str | Path | None = None,
+        show_packing: ShowPacking | None = None,
     ) -> None:
         """Sizes are bytes or text such as "14GiB"; without `model` it is the embedded demo.
 
@@ -64,7 +66,8 @@ class LLM:
         `compress_weights` is one of `flexport.policy.WEIGHT_CODECS`, `compress_cache` one of
         `CACHE_CODECS`.
 
-        `on_plan` is called with each plan before anything of it is done; `trace` is a file for
+        `on_plan` is called with each plan before anything of it is done, `show_packing` when weights
+        are packed or checked, which may take minutes; `trace` is a file for
         what every lane does when, in the Chrome trace format. Raises UsageError, or
         one of the errors below it, for what can't work.
         """
@@ -104,6 +107,7 @@ class LLM:
             seed=seed,
             on_plan=on_plan,
             trace=None if trace is None else Path(trace),
+            show_packing=show_packing,
         )
 
     @property

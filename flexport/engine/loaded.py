@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from flexport.engine.admission import Admission, Area
 from flexport.engine.clock import Clock
 from flexport.engine.generation import Generation
 from flexport.engine.host_compute import HostCompute
-from flexport.engine.packing import pack_into, packed_files
+from flexport.engine.packing import ShowPacking, pack_into, packed_files
 from flexport.engine.pages import CacheShape
 from flexport.engine.plan import Plan
 from flexport.engine.report import report
@@ -55,6 +55,7 @@ class Loaded:
         offload_dir: Path,
         seed: int,
         watch: Watch | None = None,
+        show_packing: ShowPacking | None = None,
     ) -> None:
         """Reads what is to be resident. `seed` is that of made-up weights.
 
@@ -70,6 +71,7 @@ class Loaded:
         self._backend = backend
         self._cpu: Backend | None = None
         self._watch = watch
+        self._show_packing = show_packing
         self.store = Store(backend, plan.budgets, offload_dir, watch)
         try:
             with _told_as_out_of_memory():
@@ -114,9 +116,11 @@ class Loaded:
         self, source: Source, files: Mapping[str, FileTensor], form: Compressed
     ) -> dict[str, FileTensor]:
         """The files of what flexport packs: kept for the next run, but for made-up weights."""
-        if source.files is None:
-            return pack_into(self.store.open_run_directory(), source, files, form)
-        return packed_files(source, files, form, PackedCache())
+        with self._show_packing() if self._show_packing else nullcontext() as progress:
+            if source.files is None:
+                directory = self.store.open_run_directory()
+                return pack_into(directory, source, files, form, progress=progress)
+            return packed_files(source, files, form, PackedCache(), progress=progress)
 
     def follow(self, plan: Plan) -> None:
         """Go on with another plan that leaves the weights where they are."""

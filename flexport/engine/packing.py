@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,7 +28,16 @@ from flexport.errors import CheckpointError, StorageError
 from flexport.records import FileTensor
 from flexport.units import format_bytes
 
-__all__ = ["PackProgress", "Packed", "Quiet", "known_entry", "pack_into", "packed_files", "prepare"]
+__all__ = [
+    "PackProgress",
+    "Packed",
+    "Quiet",
+    "ShowPacking",
+    "known_entry",
+    "pack_into",
+    "packed_files",
+    "prepare",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +53,10 @@ class PackProgress(Protocol):
 
     def say(self, text: str) -> None:
         """Something that people should know."""
+
+
+ShowPacking = Callable[[], AbstractContextManager[PackProgress]]
+"""Makes one for as long as packing may take."""
 
 
 class Quiet:
