@@ -31,6 +31,7 @@ from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flexport.backend import PackedMatrix
 from flexport_cpu.processor import processor_flags
@@ -168,6 +169,11 @@ def _scaled(whole_TF: Tensor, scales_F: Tensor) -> Tensor:
 def _times_int4(x_TD: Tensor, matrix: PackedMatrix) -> Tensor:
     codes_BDC, scales_BGI2 = matrix.parts
     num_tiles, num_groups, tile_rows, _ = scales_BGI2.shape
+    missing = -matrix.shape[1] % matrix.group
+    if missing:
+        # The kernel takes whole groups only. Features that are 0 in x add nothing.
+        codes_BDC = functional.pad(codes_BDC, (0, 0, 0, missing))
+        x_TD = functional.pad(x_TD, (0, missing))
     codes_FC = codes_BDC.view(num_tiles * tile_rows, -1)
     scales_GF2 = scales_BGI2.transpose(0, 1).reshape(num_groups, num_tiles * tile_rows, 2)
     out_TF: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
