@@ -25,12 +25,13 @@ Dimension key: T tokens, D features in, F features out, R tokens with outliers, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flexport.backend import PackedMatrix
 from flexport_cpu.processor import processor_flags
@@ -60,7 +61,7 @@ def multiplies(form: str, dtype: torch.dtype, num_tokens: int) -> bool:
     if dtype is not torch.bfloat16:
         return False
     if form == "int8":
-        return _has_int8()
+        return _has_int8(processor_flags())
     return form == "int4" and num_tokens <= INT4_TOKENS and _has_int4()
 
 
@@ -69,8 +70,7 @@ def settle(matrix: PackedMatrix, dtype: torch.dtype) -> PackedMatrix | None:
     if matrix.form != "int8" or not multiplies("int8", dtype, 1):
         return None
     codes_FD, scales_F = matrix.parts
-    packed = torch.ops.onednn.qlinear_prepack(codes_FD, [_PREPACK_ROWS, codes_FD.shape[1]])
-    return replace(matrix, parts=(packed, scales_F.clone()))
+    return replace(matrix, parts=(_laid_out(codes_FD), scales_F.clone()))
 
 
 def matmul_packed(
@@ -113,6 +113,15 @@ class _Rounded:
             return made_TF
         out_TF = made_TF[: self._num_tokens]
         return out_TF.index_add_(0, self._again_R, made_TF[self._num_tokens :])
+
+
+def _times_rounded(x_TD: Tensor, matrix: PackedMatrix) -> Tensor:
+    return _Rounded(x_TD).times(matrix)
+
+
+def _laid_out(codes_FD: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(codes_FD, [_PREPACK_ROWS, codes_FD.shape[1]])
+    return packed
 
 
 def _times_int8(bytes_TD: Tensor, scales_T1: Tensor, matrix: PackedMatrix) -> Tensor:
@@ -168,6 +177,11 @@ def _scaled(whole_TF: Tensor, scales_F: Tensor) -> Tensor:
 def _times_int4(x_TD: Tensor, matrix: PackedMatrix) -> Tensor:
     codes_BDC, scales_BGI2 = matrix.parts
     num_tiles, num_groups, tile_rows, _ = scales_BGI2.shape
+    missing = -matrix.shape[1] % matrix.group
+    if missing:
+        # The kernel takes whole groups only. Features that are 0 in x add nothing.
+        codes_BDC = functional.pad(codes_BDC, (0, 0, 0, missing))
+        x_TD = functional.pad(x_TD, (0, missing))
     codes_FC = codes_BDC.view(num_tiles * tile_rows, -1)
     scales_GF2 = scales_BGI2.transpose(0, 1).reshape(num_groups, num_tiles * tile_rows, 2)
     out_TF: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -176,13 +190,20 @@ def _times_int4(x_TD: Tensor, matrix: PackedMatrix) -> Tensor:
     return out_TF[:, : matrix.shape[0]]
 
 
+_Times = Callable[[Tensor, PackedMatrix], Tensor]
+
+
 @cache
-def _has_int8() -> bool:
-    """Whether this processor multiplies bytes, and this torch does it exactly.
+def _has_int8(
+    flags: frozenset[str],
+    times: _Times = _times_rounded,
+    laid_out: Callable[[Tensor], Tensor] = _laid_out,
+) -> bool:
+    """Whether a processor with these flags multiplies bytes, and this torch does it exactly.
 
     Without such instructions the kernels are slow, and may saturate in 16 bits on the way.
     """
-    if not {"avx512_vnni", "avx_vnni", "avx512vnni", "avxvnni"} & set(processor_flags()):
+    if not {"avx512_vnni", "avx_vnni", "avx512vnni", "avxvnni"} & flags:
         return False
     if not (torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)):
         return False
@@ -190,18 +211,17 @@ def _has_int8() -> bool:
     codes_FD[::2] = -127
     x_TD = torch.full((4, 64), 127.0, dtype=torch.bfloat16)
     expected_TF = x_TD.float() @ codes_FD.float().T
+    plain = PackedMatrix(form="int8", parts=(codes_FD, torch.ones(16)), shape=(16, 64))
     try:
-        plain = PackedMatrix(form="int8", parts=(codes_FD, torch.ones(16)), shape=(16, 64))
-        packed = torch.ops.onednn.qlinear_prepack(codes_FD, [_PREPACK_ROWS, 64])
-        settled = replace(plain, parts=(packed, torch.ones(16)))
-        made = [_Rounded(x_TD).times(matrix).float() for matrix in (plain, settled)]
+        settled = replace(plain, parts=(laid_out(codes_FD), torch.ones(16)))
+        made = [times(x_TD, matrix).float() for matrix in (plain, settled)]
     except (RuntimeError, AttributeError):
         return False
     return all(torch.allclose(each, expected_TF, rtol=0.02) for each in made)
 
 
 @cache
-def _has_int4() -> bool:
+def _has_int4(times: _Times = _times_int4) -> bool:
     """Whether this torch's kernel reads the tiles as they are described."""
     draw = torch.Generator().manual_seed(0)
     codes_BDC = torch.randint(0, 256, (1, 64, 32), dtype=torch.uint8, generator=draw)
@@ -212,7 +232,7 @@ def _has_int4() -> bool:
     scales_I, zeros_I = pairs_BGI2[0, 0].float().unbind(-1)
     expected_TF = x_TD.float() @ ((codes_DI - 8) * scales_I + zeros_I)
     try:
-        made_TF = _times_int4(x_TD, matrix).float()
+        made_TF = times(x_TD, matrix).float()
     except (RuntimeError, AttributeError):
         return False
     return torch.allclose(made_TF, expected_TF, rtol=0.02, atol=0.5)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from flexport_cpu import PLUGIN, attention, free_memory, linear, memory
+from flexport_cpu import PLUGIN, attention, free_memory, linear, memory, packed
 from flexport_cpu.backend import CpuBackend
-from flexport_cpu.processor import choose_dtypes
+from flexport_cpu.processor import choose_dtypes, processor_flags
 from flexport_cpu.scratch import scratch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexport.backend import AttentionSpec, Backend
+from flexport.backend import AttentionSpec, Backend, PackedMatrix
 from flexport.testing import AttentionCase, BackendConformance, attention_in_float64
 from flexport.testing.conformance.attention import ATTENTION_CASES
+from flexport.testing.conformance.packed_problems import PackedProduct, Sizes
 from flexport.testing.conformance.problems import AttentionProblem
 from flexport.testing.conformance.tensors import on_host
 
@@ -143,11 +145,105 @@ def test_a_torch_without_onednn_still_multiplies(monkeypatch: pytest.MonkeyPatch
     weight_FD, x_TD = torch.randn(6, 5), torch.randn(3, 5)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
 
-    packed = linear.pack(weight_FD)
-    out_TF = linear.linear(x_TD, packed, None)
+    same_FD = linear.pack(weight_FD)
+    out_TF = linear.linear(x_TD, same_FD, None)
 
-    assert packed is weight_FD
+    assert same_FD is weight_FD
     assert torch.allclose(out_TF, x_TD @ weight_FD.T, atol=1e-5)
+
+
+# products with packed matrices
+
+Times = Callable[[torch.Tensor, PackedMatrix], torch.Tensor]
+
+VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+
+
+def without_the_operation(*_: object) -> torch.Tensor:
+    """As torch answers for one that it has not got."""
+    missing: torch.Tensor = torch.ops.onednn.an_operation_of_the_future()
+    return missing
+
+
+def without_the_kernel(*_: object) -> torch.Tensor:
+    raise NotImplementedError("could not run on this CPU")
+
+
+def saturating(x_TD: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """As pairs of products are added up in 16 bits."""
+    return packed.matmul_packed(x_TD, [matrix], [None])[0].clamp(-(2**15), 2**15 - 1)
+
+
+def half_by_half(x_TD: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """As a kernel computes that reads four bits in another order."""
+    codes, scales = matrix.parts
+    swapped = replace(matrix, parts=(codes << 4 | codes >> 4, scales))
+    return packed.matmul_packed(x_TD, [swapped], [None])[0]
+
+
+needs_int8 = pytest.mark.skipif(
+    not (VNNI & processor_flags() and torch.backends.mkldnn.is_available()),
+    reason="this processor has no instructions for products of bytes, or torch none for it",
+)
+
+
+@needs_int8
+def test_int8_is_multiplied_in_bfloat16_where_the_processor_has_instructions_for_it() -> None:
+    assert packed.multiplies("int8", torch.bfloat16, 1)
+    assert packed.multiplies("int8", torch.bfloat16, sys.maxsize)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_is_multiplied_packed_but_in_bfloat16(form: str, dtype: torch.dtype) -> None:
+    assert not packed.multiplies(form, dtype, 1)
+
+
+def test_int4_is_decoded_where_that_is_quicker() -> None:
+    assert not packed.multiplies("int4", torch.bfloat16, packed.INT4_TOKENS + 1)
+    assert not packed.multiplies("int4", torch.bfloat16, sys.maxsize)
+    # One way or the other, it does not depend on the number below that.
+    few = {packed.multiplies("int4", torch.bfloat16, n) for n in (1, 7, packed.INT4_TOKENS)}
+    assert len(few) == 1
+
+
+@needs_int8
+@pytest.mark.parametrize("num_tokens", [1, 2, 17, 300])
+@pytest.mark.parametrize("shape", [(64, 64), (37, 96), (130, 67), (200, 2048)], ids=str)
+def test_settled_int8_gives_the_bits_that_it_gives_passing_through(
+    shape: tuple[int, int], num_tokens: int
+) -> None:
+    problem = PackedProduct.draw(Sizes("int8", 0, *shape), num_tokens, torch.bfloat16)
+    # Some tokens have outliers, and are rounded twice.
+    problem.x_TD[::3, 5] *= 500
+    settled = packed.settle(problem.matrix, torch.bfloat16)
+    assert settled is not None
+
+    kept_TF, passing_TF = packed.matmul_packed(
+        problem.x_TD, [settled, problem.matrix], [None, None]
+    )
+
+    assert torch.equal(kept_TF, passing_TF)
+
+
+@pytest.mark.parametrize("times", [without_the_operation, without_the_kernel, saturating])
+def test_a_torch_that_can_not_multiply_bytes_is_not_asked_to(times: Times) -> None:
+    assert not packed._has_int8(VNNI, times)
+
+
+@pytest.mark.parametrize("times", [without_the_operation, without_the_kernel, half_by_half])
+def test_a_torch_that_can_not_multiply_four_bits_is_not_asked_to(times: Times) -> None:
+    assert not packed._has_int4(times)
+
+
+@needs_int8
+def test_a_torch_that_can_not_lay_bytes_out_is_not_asked_to() -> None:
+    assert packed._has_int8(VNNI)
+    assert not packed._has_int8(VNNI, laid_out=without_the_operation)
+
+
+def test_a_processor_without_instructions_for_bytes_is_not_asked_to_multiply_them() -> None:
+    assert not packed._has_int8(frozenset({"avx2", "avx512f", "avx512_bf16"}))
 
 
 # attention

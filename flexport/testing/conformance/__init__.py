@@ -22,6 +22,7 @@ from flexport.testing.conformance.lifetimes import LifetimeLaws
 from flexport.testing.conformance.matmul import MatmulLaws
 from flexport.testing.conformance.memory import MemoryLaws
 from flexport.testing.conformance.order import OrderLaws
+from flexport.testing.conformance.packed import PackedLaws
 from flexport.testing.conformance.problems import AttentionCase
 from flexport.testing.conformance.reference import attention_in_float64
 from flexport.testing.conformance.whole import WholeLaws
@@ -38,6 +39,7 @@ class BackendConformance(
     ErrorLaws,
     MemoryLaws,
     MatmulLaws,
+    PackedLaws,
     AttentionLaws,
     WholeLaws,
 ):
