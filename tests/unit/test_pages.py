@@ -168,7 +168,8 @@ def test_what_comes_before_a_rows_first_token_changes_nothing_of_it(
             expected = rounded_values(tokens, bits)
         else:
             expected = rounded_keys(tokens, bits)
-        assert torch.equal(view[0, :, -seen:], expected.to(view.dtype))
+        found = view[0, :, -seen:].float()
+        assert (found - expected.to(view.dtype).float()).abs().max() <= 2**-7 * 2**-7
 
 
 @given(
