@@ -29,7 +29,8 @@ def rounded(groups: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
     low = down(groups.min(-1, keepdims=True))
     scale = down((groups.max(-1, keepdims=True) - low) / np.float32(2**bits - 1))
     steps = np.divide(groups - low, scale, out=np.zeros_like(groups), where=scale > 0)
-    return np.clip(np.rint(steps), 0, 2**bits - 1).astype(np.float32) * scale + low
+    codes: np.ndarray[Any, Any] = np.clip(np.rint(steps), 0, 2**bits - 1).astype(np.float32)
+    return np.asarray(codes * scale + low)
 
 
 def rounded_keys(keys_KLE: Tensor, bits: int) -> Tensor:

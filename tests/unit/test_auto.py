@@ -280,10 +280,10 @@ def test_a_cache_is_packed_if_that_was_asked_for_and_then_no_prompt_is_shared_ou
 def test_a_packed_cache_has_room_for_more_rows():
     job = JobSizes(prompt_tokens=1000, new_tokens=64)
     budgets = Budgets(device_bytes=8000 * MIB, host_bytes=0, disk_bytes=0)
-    resident = {"weights": Split(), "cache": Split(), "sweep_tokens": 0}
+    resident = Choice(weights=Split(), cache=Split(), sweep_tokens=0)
 
     rows = {
-        codec: pick(job, budgets, True, Choice(**resident, compress_cache=codec)).block_size
+        codec: pick(job, budgets, True, replace(resident, compress_cache=codec)).block_size
         for codec in ("none", "int8", "int4")
     }
 

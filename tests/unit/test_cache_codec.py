@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -163,7 +164,10 @@ def test_groups_side_by_side_are_a_table_of_fbgemms(bits):
 # ---- keys and values
 
 
-def error_of(keys_NKGE: Tensor, along: str) -> Tensor:
+Along = Literal["tokens", "features"]
+
+
+def error_of(keys_NKGE: Tensor, along: Along) -> Tensor:
     """How far attention scores of keys are off when these are packed, on average."""
     plane = Plane(num_heads=keys_NKGE.shape[1], head_dim=keys_NKGE.shape[3], bits=4, along=along)
     lines = keys_NKGE.mT if along == "tokens" else keys_NKGE
@@ -176,10 +180,11 @@ def error_of(keys_NKGE: Tensor, along: str) -> Tensor:
 def test_keys_with_outlier_features_keep_far_more_along_tokens_than_along_features():
     """KIVI's reason, and how much better than FlexGen's groups that is at the same bits."""
     keys = drawn(5, 2, 3, 128, 64)
-    plain = {along: error_of(keys, along) for along in ("tokens", "features")}
+    both: tuple[Along, Along] = ("tokens", "features")
+    plain = {along: error_of(keys, along) for along in both}
     keys[..., 7] = keys[..., 7] * 4 + 60
     keys[..., 30] = keys[..., 30] * 4 - 90
-    outliers = {along: error_of(keys, along) for along in ("tokens", "features")}
+    outliers = {along: error_of(keys, along) for along in both}
 
     assert 0.9 < plain["tokens"] / plain["features"] < 1.1
     assert outliers["tokens"] < outliers["features"] / 5

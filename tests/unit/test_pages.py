@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from hypothesis import given
@@ -78,9 +79,10 @@ def test_a_row_takes_what_the_planner_counts_for_it(shape, prompt, decoded, page
 
 
 def packed_shape(shape: PageShape, bits: int) -> PackedShape:
+    both: tuple[Literal["tokens", "features"], ...] = ("tokens", "features")
     planes = [
         Plane(num_heads=shape.num_kv_heads, head_dim=shape.head_dim, bits=bits, along=along)
-        for along in ("tokens", "features")[-shape.num_planes :]
+        for along in both[-shape.num_planes :]
     ]
     return PackedShape(planes=tuple(planes))
 
