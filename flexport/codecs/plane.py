@@ -43,6 +43,11 @@ class Groups:
         return -(-num_bytes // self.number_bytes) * self.number_bytes
 
     @property
+    def num_codes(self) -> int:
+        """Those that there is room for."""
+        return self.code_bytes * 8 // self.bits
+
+    @property
     def group_bytes(self) -> int:
         """A group: its codes, its scale, its minimum."""
         return self.code_bytes + 2 * self.number_bytes

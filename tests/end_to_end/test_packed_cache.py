@@ -242,9 +242,10 @@ def generated(
     return ids, [torch.stack(seen[str(row)]) for row in range(len(prompts))], report
 
 
-TOLERANCE = 0.02
-"""Of a logit, whose spread is about 1. Float32's disorder decides which of two codes a value gets
-that lies between them; that moves a logit by some thousandths."""
+TOLERANCE = {"int8": 0.002, "int4": 0.01}
+"""Of logits, root mean square by their spread. Float32's disorder decides which of two codes a value
+gets that lies between them, and then what all later ones are rounded to: in 8 bits up to 0.0005. What
+is not rounded where it should be is off by 0.004 to 0.02, in 4 bits by 0.07 to 0.3."""
 
 
 def check(
@@ -257,7 +258,7 @@ def check(
 
     for prompt, own_ids, own_logits in zip(prompts, ids, logits, strict=True):
         expected = logits_of(found.model, prompt, own_ids, BITS[case.codec])
-        assert (own_logits - expected).abs().max() < TOLERANCE * expected.std()
+        assert differ(own_logits, expected) < TOLERANCE[case.codec]
     # Nor was it right only because a block that found no room was halved.
     assert report["retries"] == []
     peak_bytes = report["peak_bytes"]
@@ -351,7 +352,7 @@ def test_a_latent_cache_is_packed_and_its_placement_changes_nothing(codec, laten
     exact_ids, exact, _ = generated(prompts, lengths, **options)
 
     ids, logits, _ = generated(prompts, lengths, compress_cache=codec, **options)
-    _, elsewhere, _ = generated(
+    elsewhere_ids, elsewhere, _ = generated(
         prompts,
         lengths,
         compress_cache=codec,
@@ -364,10 +365,11 @@ def test_a_latent_cache_is_packed_and_its_placement_changes_nothing(codec, laten
     )
 
     for row in range(len(prompts)):
-        assert differ(logits[row], elsewhere[row]) < TOLERANCE
+        steps = common(ids[row], elsewhere_ids[row])
+        assert differ(logits[row][:steps], elsewhere[row][:steps]) < TOLERANCE[codec]
         # As long as both go the same way, what was rounded is near what was not.
-        same = common(ids[row], exact_ids[row])
-        assert differ(logits[row][:same], exact[row][:same]) < (0.3 if codec == "int8" else 2)
+        steps = common(ids[row], exact_ids[row])
+        assert differ(logits[row][:steps], exact[row][:steps]) < (0.05 if codec == "int8" else 0.5)
     assert max(differ(a[1:2], b[1:2]) for a, b in zip(logits[2:], exact[2:], strict=True)) > 1e-4
 
 
@@ -378,8 +380,8 @@ def common(ids: list[int], others: list[int]) -> int:
 
 
 def differ(logits: Tensor, others: Tensor) -> float:
-    """How far logits are apart at most, by their spread."""
-    return float((logits - others).abs().max() / logits.std()) if len(logits) else 0.0
+    """How far logits are apart, as a root mean square, by their spread."""
+    return float((logits - others).square().mean().sqrt() / logits.std())
 
 
 # ---- bytes

@@ -24,13 +24,12 @@ def rounded(groups: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
 
     def down(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         near = x.astype(number)
-        below = np.where(near > x, np.nextafter(near, number(-np.inf)), near)
-        return np.asarray(below, dtype=np.float32)
+        return np.where(near > x, np.nextafter(near, number(-np.inf)), near).astype(np.float32)
 
     low = down(groups.min(-1, keepdims=True))
     scale = down((groups.max(-1, keepdims=True) - low) / np.float32(2**bits - 1))
     steps = np.divide(groups - low, scale, out=np.zeros_like(groups), where=scale > 0)
-    codes = np.clip(np.rint(steps), 0, 2**bits - 1).astype(np.float32)
+    codes: np.ndarray[Any, Any] = np.clip(np.rint(steps), 0, 2**bits - 1).astype(np.float32)
     return np.asarray(codes * scale + low)
 
 

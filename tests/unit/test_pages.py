@@ -79,10 +79,10 @@ def test_a_row_takes_what_the_planner_counts_for_it(shape, prompt, decoded, page
 
 
 def packed_shape(shape: PageShape, bits: int) -> PackedShape:
-    ways: tuple[Literal["tokens", "features"], ...] = ("tokens", "features")
+    both: tuple[Literal["tokens", "features"], ...] = ("tokens", "features")
     planes = [
         Plane(num_heads=shape.num_kv_heads, head_dim=shape.head_dim, bits=bits, along=along)
-        for along in ways[-shape.num_planes :]
+        for along in both[-shape.num_planes :]
     ]
     return PackedShape(planes=tuple(planes))
 
@@ -170,7 +170,8 @@ def test_what_comes_before_a_rows_first_token_changes_nothing_of_it(
             expected = rounded_values(tokens, bits)
         else:
             expected = rounded_keys(tokens, bits)
-        assert torch.equal(view[0, :, -seen:], expected.to(view.dtype))
+        found = view[0, :, -seen:].float()
+        assert (found - expected.to(view.dtype).float()).abs().max() <= 2**-7 * 2**-7
 
 
 @given(
