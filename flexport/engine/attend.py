@@ -21,7 +21,7 @@ from torch import Tensor
 from flexport.backend import AttentionSpec, Backend
 from flexport.engine.cache import BatchCache, Held, HeldBands
 from flexport.engine.host_compute import Crossing, HostCompute
-from flexport.engine.packed import pack_prompt_page
+from flexport.engine.packed_pages import pack_prompt_page
 from flexport.models.decoder import Attend
 from flexport.models.spec import Attention, LatentAttention
 from flexport.policy import Tier

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from flexport.backend import Ticket
-from flexport.engine.packed import PackedShape, pack, unpack
+from flexport.engine.packed_pages import PackedShape, pack, unpack
 from flexport.engine.pages import CacheShape, PageShape
 from flexport.errors import OutOfMemory
 from flexport.planner.columns import edges_of, first_seen, most_kept

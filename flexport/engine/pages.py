@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flexport.engine.packed import PackedShape
+from flexport.engine.packed_pages import PackedShape
 from flexport.engine.plan import cache_planes
 from flexport.models.spec import Attention, LatentAttention, ModelSpec
 from flexport.planner.columns import GROUP_TOKENS, edges_of, most_kept, page_sizes, page_widths

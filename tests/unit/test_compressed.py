@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexport.codecs.compressed import Compressed, Int4Tiles, Int8Rows, compressed
-from flexport.codecs.layout import Layout
 from flexport.policy import WEIGHT_CODECS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,13 +37,6 @@ def drawn(shape: tuple[int, int], seed: int = 0, dtype: torch.dtype = torch.floa
     draw = torch.Generator().manual_seed(seed)
     normal_RD = torch.randn(shape, generator=draw)
     return (normal_RD * torch.rand(shape[0], 1, generator=draw) + 0.3).to(dtype)
-
-
-def layout_of(form: Compressed, shape: tuple[int, int]) -> Layout:
-    suffix = "int8" if isinstance(form, Int8Rows) else "int4"
-    found = form.layout("w", shape, {f"w.{suffix}"})
-    assert found is not None
-    return found
 
 
 def decoded(
@@ -86,7 +78,7 @@ def parts_size(form: Compressed, parts: tuple[Tensor, ...], row: int, feature: i
 
 @given(form=any_form, shape=any_shape)
 def test_parts_are_what_the_layout_announces(form: Compressed, shape: tuple[int, int]) -> None:
-    layout = layout_of(form, shape)
+    layout = form.layout("w", shape)
 
     parts = form.encode(drawn(shape))
 
@@ -97,18 +89,6 @@ def test_parts_are_what_the_layout_announces(form: Compressed, shape: tuple[int,
     ]
     assert sum(part.nbytes for part in parts) == layout.num_bytes
     assert all(part.is_contiguous() for part in parts)
-
-
-@each_form
-def test_what_is_not_of_the_form_has_no_layout(form: Compressed) -> None:
-    assert form.layout("w", (64, 64), {"w", "w.scales", "v.int8", "v.int4"}) is None
-
-
-@each_form
-def test_a_matrix_that_was_transposed_is_packed_by_features_out(form: Compressed) -> None:
-    names = {"w.int8", "w.int4"}
-
-    assert form.layout("w", (96, 64), names, transposed=True) == form.layout("w", (64, 96), names)
 
 
 @each_form
@@ -144,7 +124,7 @@ def test_a_matrix_that_fits_is_much_smaller_than_in_bfloat16(
 ) -> None:
     most = 8.5 if isinstance(form, Int8Rows) else 0.25 + 1.25 * 5
     if form.fits(shape):
-        assert 8 * layout_of(form, shape).num_bytes / math.prod(shape) <= most
+        assert 8 * form.layout("w", shape).num_bytes / math.prod(shape) <= most
 
 
 @pytest.mark.parametrize(
@@ -244,7 +224,7 @@ def test_weights_come_back_within_half_a_step(
 def test_any_range_of_whole_cuts_decodes_as_in_the_whole(
     form: Compressed, shape: tuple[int, int], dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    layout, parts = layout_of(form, shape), form.encode(drawn(shape))
+    layout, parts = form.layout("w", shape), form.encode(drawn(shape))
     whole_RD = decoded(form, parts, shape, dtype)
     num_cuts = -(-shape[0] // layout.rows_per_cut)
     first = data.draw(st.integers(0, num_cuts - 1))
@@ -262,7 +242,7 @@ def test_any_range_of_whole_cuts_decodes_as_in_the_whole(
 def test_any_range_of_whole_cuts_is_encoded_as_in_the_whole(
     form: Compressed, shape: tuple[int, int], data: st.DataObject
 ) -> None:
-    layout, values_RD = layout_of(form, shape), drawn(shape)
+    layout, values_RD = form.layout("w", shape), drawn(shape)
     parts = form.encode(values_RD)
     num_cuts = -(-shape[0] // layout.rows_per_cut)
     first = data.draw(st.integers(0, num_cuts - 1))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from packed_reference import rounded_keys, rounded_values
 
 from flexport.codecs.plane import Plane
-from flexport.engine.packed import PackedShape, pack, pack_prompt_page, unpack
+from flexport.engine.packed_pages import PackedShape, pack, pack_prompt_page, unpack
 from flexport.engine.pages import PageShape
 from flexport.planner.columns import GROUP_TOKENS
 from flexport.planner.footprint import LayerCaches
