@@ -106,14 +106,14 @@ def test_a_backend_is_given_the_parts_as_they_are(form: Compressed) -> None:
 
 def test_int4_at_whole_tiles_and_groups_takes_four_and_a_half_bits_a_weight() -> None:
     for shape in ((64, 64), (192, 320), (4096, 11008)):
-        bits = 8 * layout_of(Int4Tiles(), shape).num_bytes / math.prod(shape)
+        bits = 8 * Int4Tiles().layout("w", shape).num_bytes / math.prod(shape)
 
         assert bits == 4.5
 
 
 @given(shape=any_shape)
 def test_int8_takes_eight_bits_a_weight_and_a_scale_a_row(shape: tuple[int, int]) -> None:
-    bits = 8 * layout_of(Int8Rows(), shape).num_bytes / math.prod(shape)
+    bits = 8 * Int8Rows().layout("w", shape).num_bytes / math.prod(shape)
 
     assert bits == pytest.approx(8 + 32 / shape[1])
 
