@@ -176,6 +176,28 @@ class PackedLaws:
                 problem.check_same(found[0], found[1])
                 replace(problem, bias_F=None).check(found[2])
 
+    @pytest.mark.parametrize("num_tokens", TOKENS)
+    @pytest.mark.parametrize("sizes", MATRICES, ids=str)
+    def test_a_settled_matrix_takes_any_number_of_tokens(
+        self, backend: Backend, sizes: Sizes, num_tokens: int
+    ) -> None:
+        """In whatever dtype it was settled for, since it is never decoded."""
+        multiplying = _multiplying(backend)
+        settles = False
+        for dtype in DTYPES:
+            problem = PackedProduct.draw(sizes, num_tokens, dtype, with_bias=True)
+            x_TD, matrix, bias_F = problem.on_device(backend)
+            settled = multiplying.settle(matrix, dtype)
+            if settled is None:
+                continue
+            settles = True
+
+            (out_TF,) = multiplying.matmul_packed(x_TD, [settled], [bias_F])
+
+            problem.check(on_host(backend, out_TF))
+        if not settles:
+            pytest.skip(f"this backend multiplies {sizes.form} as it lies, if at all")
+
     @each_form
     def test_a_settled_matrix_has_memory_of_its_own(self, backend: Backend, sizes: Sizes) -> None:
         for multiplying, dtype in _asked(backend, sizes, 7):
@@ -263,11 +285,16 @@ class PackedLaws:
 
     def test_a_form_that_nobody_knows_is_not_multiplied(self, backend: Backend) -> None:
         """So that the core may bring forms that are younger than a backend."""
-        if not isinstance(backend, MultipliesPacked):
-            pytest.skip("this backend does not multiply packed matrices")
+        multiplying = _multiplying(backend)
 
         for dtype in DTYPES:
-            assert not backend.multiplies("a form of the future", dtype, 1)
+            assert not multiplying.multiplies("a form of the future", dtype, 1)
+
+
+def _multiplying(backend: Backend) -> MultiplyingBackend:
+    if not isinstance(backend, MultipliesPacked):
+        pytest.skip("this backend does not multiply packed matrices")
+    return cast(MultiplyingBackend, backend)
 
 
 def _asked(
@@ -277,12 +304,11 @@ def _asked(
 
     In dtypes that it does not list, too: users may ask for any.
     """
-    if not isinstance(backend, MultipliesPacked):
-        pytest.skip("this backend does not multiply packed matrices")
+    multiplying = _multiplying(backend)
     asked = [
-        (cast(MultiplyingBackend, backend), dtype)
+        (multiplying, dtype)
         for dtype in DTYPES
-        if backend.multiplies(sizes.form, dtype, num_tokens)
+        if multiplying.multiplies(sizes.form, dtype, num_tokens)
     ]
     if not asked:
         pytest.skip(f"this backend has {sizes.form} decoded for {num_tokens} tokens")
