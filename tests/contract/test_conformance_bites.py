@@ -776,6 +776,19 @@ class SettlesWithRoundedScales(MultipliesPackedBread):
         return replace(matrix, parts=(codes.clone(), scales.bfloat16().to(scales.dtype)))
 
 
+@breaks("test_a_settled_matrix_takes_any_number_of_tokens")
+class SettlesForSteps(MultipliesPackedBread):
+    """It would decode for more tokens than that, which it does not say where it settles."""
+
+    def multiplies(self, form: str, dtype: torch.dtype, num_tokens: int) -> bool:
+        return super().multiplies(form, dtype, num_tokens) and num_tokens <= 64
+
+    def matmul_packed(self, x_TD: Tensor, *others: Any) -> list[Tensor]:
+        if len(x_TD) > 64:
+            raise RuntimeError("more than 64 tokens are not implemented")
+        return super().matmul_packed(x_TD, *others)
+
+
 @breaks("test_a_settled_matrix_has_memory_of_its_own")
 class SettlesWhereItLies(MultipliesPackedBread):
     def settle(self, matrix: PackedMatrix, dtype: torch.dtype) -> PackedMatrix | None:

@@ -19,6 +19,7 @@ from flexport.testing.conformance.packed_problems import (
     MultiplyingBackend,
     PackedProduct,
     Sizes,
+    placed_matrix,
 )
 from flexport.testing.conformance.tensors import on_host, placed, some
 
@@ -70,12 +71,11 @@ each_form = pytest.mark.parametrize("sizes", ONE_OF_EACH, ids=str)
 class PackedLaws:
     """x @ matrix.T + bias, with matrices as they are packed."""
 
-    @pytest.mark.parametrize("num_tokens", TOKENS)
     @pytest.mark.parametrize("sizes", MATRICES, ids=str)
     def test_a_product_with_a_packed_matrix_is_accurate(
-        self, backend: Backend, sizes: Sizes, num_tokens: int
+        self, backend: Backend, sizes: Sizes
     ) -> None:
-        for multiplying, dtype in _asked(backend, sizes, num_tokens):
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, *TOKENS):
             for with_bias in (False, True):
                 problem = PackedProduct.draw(sizes, num_tokens, dtype, with_bias=with_bias)
 
@@ -86,8 +86,8 @@ class PackedLaws:
     def test_a_product_with_a_packed_matrix_takes_views(
         self, backend: Backend, sizes: Sizes, view: str
     ) -> None:
-        for multiplying, dtype in _asked(backend, sizes, 9):
-            problem = PackedProduct.draw(sizes, 9, dtype)
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 9):
+            problem = PackedProduct.draw(sizes, num_tokens, dtype)
             x_TD, matrix = VIEWS[view](backend, problem.x_TD), problem.on_device(backend)[1]
 
             (out_TF,) = multiplying.matmul_packed(x_TD, [matrix], [None])
@@ -104,8 +104,8 @@ class PackedLaws:
 
         Rounded to 8 bits with a step for the largest, the others would be off by an eighth.
         """
-        for multiplying, dtype in _asked(backend, sizes, 9):
-            problem = PackedProduct.draw(sizes, 9, dtype)
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 9):
+            problem = PackedProduct.draw(sizes, num_tokens, dtype)
             lengths_T = problem.x_TD.double().norm(dim=1)
             problem.x_TD[::2, 3] = 60 * problem.x_TD[::2].float().std(1).to(dtype)
 
@@ -113,8 +113,8 @@ class PackedLaws:
 
     @each_form
     def test_a_token_of_zeros_gives_the_bias(self, backend: Backend, sizes: Sizes) -> None:
-        for multiplying, dtype in _asked(backend, sizes, 3):
-            problem = PackedProduct.draw(sizes, 3, dtype, with_bias=True)
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 3):
+            problem = PackedProduct.draw(sizes, num_tokens, dtype, with_bias=True)
             problem.x_TD[1] = 0
 
             out_TF = problem.run(multiplying)
@@ -127,8 +127,8 @@ class PackedLaws:
     def test_a_tokens_packed_product_does_not_depend_on_its_neighbours(
         self, backend: Backend, sizes: Sizes
     ) -> None:
-        for multiplying, dtype in _asked(backend, sizes, 9):
-            problem = PackedProduct.draw(sizes, 9, dtype)
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 9):
+            problem = PackedProduct.draw(sizes, num_tokens, dtype)
             problem.x_TD[1::2, 7] *= 60
             found_TF = problem.run(multiplying)
 
@@ -141,10 +141,14 @@ class PackedLaws:
     def test_packed_matrices_together_give_what_each_gives_alone(
         self, backend: Backend, sizes: Sizes
     ) -> None:
-        for multiplying, dtype in _asked(backend, sizes, 5):
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 5):
             problems = [
                 PackedProduct.draw(
-                    sizes._replace(num_out=num_out), 5, dtype, with_bias=num_out != 64, seed=num_out
+                    sizes._replace(num_out=num_out),
+                    num_tokens,
+                    dtype,
+                    with_bias=num_out != 64,
+                    seed=num_out,
                 )
                 for num_out in (96, 64, 130)
             ]
@@ -160,8 +164,8 @@ class PackedLaws:
     def test_a_settled_matrix_gives_what_it_gave_unsettled(
         self, backend: Backend, sizes: Sizes
     ) -> None:
-        for multiplying, dtype in _asked(backend, sizes, 7):
-            problem = PackedProduct.draw(sizes, 7, dtype, with_bias=True)
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 7):
+            problem = PackedProduct.draw(sizes, num_tokens, dtype, with_bias=True)
             x_TD, matrix, bias_F = problem.on_device(backend)
             settled = multiplying.settle(matrix, dtype)
             if settled is None:
@@ -176,10 +180,30 @@ class PackedLaws:
                 problem.check_same(found[0], found[1])
                 replace(problem, bias_F=None).check(found[2])
 
+    @pytest.mark.parametrize("sizes", MATRICES, ids=str)
+    def test_a_settled_matrix_takes_any_number_of_tokens(
+        self, backend: Backend, sizes: Sizes
+    ) -> None:
+        """In whatever dtype it was settled for, since it is never decoded."""
+        multiplying = _multiplying(backend)
+        matrix = placed_matrix(backend, PackedProduct.draw(sizes, 0, torch.float32).matrix)
+        settled_for = [(dtype, multiplying.settle(matrix, dtype)) for dtype in DTYPES]
+        cases = [(*each, num_tokens) for each in settled_for for num_tokens in TOKENS if each[1]]
+        if not cases:
+            pytest.skip(f"this backend multiplies {sizes.form} as it lies, if at all")
+        for dtype, settled, num_tokens in cases:
+            assert settled is not None
+            problem = PackedProduct.draw(sizes, num_tokens, dtype, with_bias=True)
+            x_TD, _, bias_F = problem.on_device(backend)
+
+            (out_TF,) = multiplying.matmul_packed(x_TD, [settled], [bias_F])
+
+            problem.check(on_host(backend, out_TF))
+
     @each_form
     def test_a_settled_matrix_has_memory_of_its_own(self, backend: Backend, sizes: Sizes) -> None:
-        for multiplying, dtype in _asked(backend, sizes, 7):
-            problem = PackedProduct.draw(sizes, 7, dtype)
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 7):
+            problem = PackedProduct.draw(sizes, num_tokens, dtype)
             x_TD, matrix, _ = problem.on_device(backend)
             settled = multiplying.settle(matrix, dtype)
             if settled is None:
@@ -196,9 +220,9 @@ class PackedLaws:
     def test_a_token_that_is_not_finite_spoils_its_own_packed_product_alone(
         self, backend: Backend, sizes: Sizes, bad: float
     ) -> None:
-        for multiplying, dtype in _asked(backend, sizes, 7):
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 7):
             for where in (slice(None), 5):
-                problem = PackedProduct.draw(sizes, 7, dtype, with_bias=True)
+                problem = PackedProduct.draw(sizes, num_tokens, dtype, with_bias=True)
                 problem.x_TD[2, where] = bad
 
                 found_TF = problem.run(multiplying)
@@ -211,8 +235,8 @@ class PackedLaws:
     def test_a_packed_product_leaves_its_arguments_as_they_were(
         self, backend: Backend, sizes: Sizes
     ) -> None:
-        for multiplying, dtype in _asked(backend, sizes, 7):
-            problem = PackedProduct.draw(sizes, 7, dtype, with_bias=True)
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 7):
+            problem = PackedProduct.draw(sizes, num_tokens, dtype, with_bias=True)
             x_TD, matrix, bias_F = problem.on_device(backend)
 
             multiplying.settle(matrix, dtype)
@@ -231,8 +255,8 @@ class PackedLaws:
     def test_every_packed_product_has_memory_of_its_own(
         self, backend: Backend, sizes: Sizes
     ) -> None:
-        for multiplying, dtype in _asked(backend, sizes, 7):
-            problem = PackedProduct.draw(sizes, 7, dtype, with_bias=True)
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 7):
+            problem = PackedProduct.draw(sizes, num_tokens, dtype, with_bias=True)
             x_TD, matrix, bias_F = problem.on_device(backend)
 
             results = [
@@ -250,8 +274,8 @@ class PackedLaws:
     def test_packed_products_work_in_inference_mode_and_then_outside_it(
         self, backend: Backend, sizes: Sizes
     ) -> None:
-        for multiplying, dtype in _asked(backend, sizes, 7):
-            problem = PackedProduct.draw(sizes, 7, dtype)
+        for multiplying, dtype, num_tokens in _asked(backend, sizes, 7):
+            problem = PackedProduct.draw(sizes, num_tokens, dtype)
             with torch.inference_mode():
                 x_TD, matrix, _ = problem.on_device(backend)
                 settled = multiplying.settle(matrix, dtype) or matrix
@@ -263,27 +287,32 @@ class PackedLaws:
 
     def test_a_form_that_nobody_knows_is_not_multiplied(self, backend: Backend) -> None:
         """So that the core may bring forms that are younger than a backend."""
-        if not isinstance(backend, MultipliesPacked):
-            pytest.skip("this backend does not multiply packed matrices")
+        multiplying = _multiplying(backend)
 
         for dtype in DTYPES:
-            assert not backend.multiplies("a form of the future", dtype, 1)
+            assert not multiplying.multiplies("a form of the future", dtype, 1)
+
+
+def _multiplying(backend: Backend) -> MultiplyingBackend:
+    if not isinstance(backend, MultipliesPacked):
+        pytest.skip("this backend does not multiply packed matrices")
+    return cast(MultiplyingBackend, backend)
 
 
 def _asked(
-    backend: Backend, sizes: Sizes, num_tokens: int
-) -> list[tuple[MultiplyingBackend, torch.dtype]]:
-    """The backend, with each dtype in which it multiplies; skips the test where there is none.
+    backend: Backend, sizes: Sizes, *tokens: int
+) -> list[tuple[MultiplyingBackend, torch.dtype, int]]:
+    """Each dtype and number of tokens for which it multiplies; skips the test where there is none.
 
     In dtypes that it does not list, too: users may ask for any.
     """
-    if not isinstance(backend, MultipliesPacked):
-        pytest.skip("this backend does not multiply packed matrices")
+    multiplying = _multiplying(backend)
     asked = [
-        (cast(MultiplyingBackend, backend), dtype)
+        (multiplying, dtype, num_tokens)
         for dtype in DTYPES
-        if backend.multiplies(sizes.form, dtype, num_tokens)
+        for num_tokens in tokens
+        if multiplying.multiplies(sizes.form, dtype, num_tokens)
     ]
     if not asked:
-        pytest.skip(f"this backend has {sizes.form} decoded for {num_tokens} tokens")
+        pytest.skip(f"this backend has {sizes.form} decoded")
     return asked

@@ -111,7 +111,8 @@ class PackedProduct:
         # Written so that NaN fails.
         bad_T = ~(error_T <= bound_T)
         assert not bad_T.any(), (
-            f"{int(bad_T.sum())} of {len(bad_T)} tokens are off; the worst by "
+            f"{int(bad_T.sum())} of {len(bad_T)} tokens are off, {self.matrix.form} of shape "
+            f"{self.matrix.shape}; the worst by "
             f"{float((error_T / (gain * lengths_T)).nan_to_num(torch.inf).max()):.1%} of its size, "
             f"allowed about {ROUNDED_TO_8_BITS:.1%} ({dtype})"
         )
