@@ -476,8 +476,7 @@ def test_scores_are_exact_since_prompts_attend_to_what_was_not_packed(reference,
         assert score == pytest.approx(scores[0], abs=1e-4)
 
 
-def test_a_job_that_is_not_finished_gives_back_what_its_prompts_held(reference, pool_bytes):
-    """Its prompts come in chunks, and one of them is under way."""
+def test_a_job_that_is_not_finished_leaves_the_engine_ready(reference, pool_bytes):
     found = reference(WIDE)
     params = [SamplingParams(max_tokens=70, ignore_eos=True)] * 8
     with flexport.LLM(
