@@ -370,7 +370,7 @@ def test_a_latent_cache_is_packed_and_its_placement_changes_nothing(codec, laten
         # As long as both go the same way, what was rounded is near what was not.
         steps = common(ids[row], exact_ids[row])
         assert differ(logits[row][:steps], exact[row][:steps]) < (0.05 if codec == "int8" else 0.5)
-    assert max(differ(a[1:2], b[1:2]) for a, b in zip(logits[2:], exact[2:], strict=True)) > 1e-4
+    assert max(differ(a[:2], b[:2]) for a, b in zip(logits[2:], exact[2:], strict=True)) > 1e-4
 
 
 def common(ids: list[int], others: list[int]) -> int:
@@ -476,8 +476,7 @@ def test_scores_are_exact_since_prompts_attend_to_what_was_not_packed(reference,
         assert score == pytest.approx(scores[0], abs=1e-4)
 
 
-def test_a_job_that_is_not_finished_gives_back_what_its_prompts_held(reference, pool_bytes):
-    """Its prompts come in chunks, and one of them is under way."""
+def test_a_job_that_is_not_finished_leaves_the_engine_ready(reference, pool_bytes):
     found = reference(WIDE)
     params = [SamplingParams(max_tokens=70, ignore_eos=True)] * 8
     with flexport.LLM(
