@@ -169,10 +169,10 @@ def test_what_comes_before_a_rows_first_token_changes_nothing_of_it(
     seen = width - missing
     if seen <= 0:
         return
-    for plane, view, own in zip(packed.planes, views, exact, strict=False):
+    for way, view, own in zip(packed.planes, views, exact, strict=False):
         # Each group's own tokens alone, packed as values of one line.
         tokens = own[0, :, :seen].float()
-        if plane.along == "features":
+        if way.along == "features":
             expected = rounded_values(tokens, bits)
         else:
             expected = rounded_keys(tokens, bits)
