@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packed_reference import rounded_keys, rounded_values
 
-from flexport.codecs import groups
+from flexport.codecs import cache_groups
 from flexport.codecs.plane import Plane
 from flexport.engine.packed_pages import PackedShape, pack, pack_prompt_page, unpack
 from flexport.engine.pages import PageShape
@@ -162,7 +162,7 @@ def test_what_comes_before_a_rows_first_token_changes_nothing_of_it(
     pack_prompt_page(packed, exact, planes, -missing, width)
     views = exact_page(shape, 1, width)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups, "_HAS_TABLES", False)  # which rounds 8 bits less
+        patch.setattr(cache_groups, "_HAS_TABLES", False)  # which rounds 8 bits less
         unpack(packed, planes, views)
 
     assert all(torch.isfinite(view).all() for view in views)
