@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from flexport.checkpoint.digests import Digests
 from flexport.checkpoint.packed import PackedCache
 from flexport.cli.main import main
 from flexport.codecs.compressed import Compressed, compressed
+from flexport.codecs.published import formats_of
 from flexport.engine import pack_rows
 from flexport.engine.packing import Quiet, pack_into, packed_files, prepare
 from flexport.engine.source import Source, open_source
@@ -233,16 +234,13 @@ def test_alike_layers_of_made_up_weights_are_packed_once(tmp_path):
     assert found[first] == found[last]
 
 
-def test_a_checkpoint_that_came_packed_is_refused(opt, monkeypatch):
-    class Mx:
-        name = "mxfp4"
-
-    object.__setattr__(opt, "packing", Mx())
+def test_a_checkpoint_that_came_packed_is_refused(opt):
+    packed = replace(opt, packings=formats_of({"quantization_config": {"quant_method": "mxfp4"}}))
 
     with pytest.raises(
         PolicyError, match=r"packed already, as mxfp4.*leave --compress-weights out"
     ):
-        plan_of(opt, "int4")
+        plan_of(packed, "int4")
 
 
 def test_a_model_with_nothing_to_pack_is_refused(tmp_path):
