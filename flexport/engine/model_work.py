@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from flexport.codecs.compressed import compressed
 from flexport.engine.plan import layer_caches
@@ -22,6 +23,7 @@ from flexport.planner.work import LayerWork, Matrices, ModelWork
 __all__ = ["model_work"]
 
 
+@lru_cache(maxsize=16)  # it is asked for with every plan
 def model_work(spec: ModelSpec, codec: str, published: str | None = None) -> ModelWork:
     """The work of a model whose decoder layers' matrices flexport packs in `codec`.
 

@@ -31,6 +31,7 @@ from flexport.planner.footprint import (
     LayerCaches,
     ModelSizes,
 )
+from flexport.planner.predict import Prediction
 from flexport.policy import Budgets, Policy, Split, Tier
 from flexport.units import format_bytes
 
@@ -229,6 +230,8 @@ class Plan:
     policy: Policy
     job: JobSizes
     needs: Footprint
+    predicted: Prediction
+    """What the job takes, if it is like the rows that were looked at."""
     budgets: Budgets
     page_tokens: int
     stream_bytes: int
@@ -247,6 +250,7 @@ class Plan:
                 "host_bytes": self.needs.host_bytes,
                 "disk_bytes": self.needs.disk_bytes,
             },
+            "predicted": self.predicted.to_dict(),
             "page_tokens": self.page_tokens,
             "stream_bytes_per_sweep": self.stream_bytes,
             "compression": dict(self.compression),
