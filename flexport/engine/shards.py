@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flexport.engine.stored import Stored
-from flexport.models.spec import ModelSpec, TensorSpec, is_projection, owned_tensors
+from flexport.models.spec import ModelSpec
+from flexport.models.tensors import TensorSpec, is_projection, owned_tensors
 from flexport.planner.footprint import layer_splits
 from flexport.policy import Split, Tier
 from flexport.store.place import Dealer

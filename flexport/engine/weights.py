@@ -27,7 +27,8 @@ from flexport.engine.experts import ExpertStream, ExpertWindow, Moving, will_pic
 from flexport.engine.host_compute import HostCompute
 from flexport.engine.shards import Bundle, Shard, decode
 from flexport.engine.transfer import to_device
-from flexport.models.spec import Experts, ModelSpec, is_projection
+from flexport.models.spec import Experts, ModelSpec
+from flexport.models.tensors import is_projection
 from flexport.planner.footprint import expert_window_bytes
 from flexport.policy import Tier
 from flexport.store.pool import Buffer, Pool

@@ -36,7 +36,7 @@ from flexport.engine.source import Source, open_source
 from flexport.engine.stored import packed_layout, packed_name
 from flexport.engine.to_pack import Packing, plan_packing
 from flexport.errors import CheckpointError, DiskFull, DoesNotFit, PolicyError, StorageError
-from flexport.models.spec import owned_tensors
+from flexport.models.tensors import owned_tensors
 from flexport.testing.checkpoints import tiny_opt
 from flexport.testing.families.tiny import Variant, make
 
