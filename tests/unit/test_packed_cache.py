@@ -170,7 +170,16 @@ def test_what_another_process_remembered_meanwhile_is_kept(tmp_path):
 def test_a_memory_that_cant_be_written_costs_time_only(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
 
-    assert Digests(tmp_path / "no" / "digests.json").of(tmp_path / "x").startswith("ba7816")
+    assert Digests(tmp_path / "x" / "digests.json").of(tmp_path / "x").startswith("ba7816")
+
+
+def test_what_was_read_first_is_remembered_though_there_was_no_cache_yet(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    missing = tmp_path / "caches" / "flexport"
+
+    PackedCache(missing).digests.of(tmp_path / "x")
+
+    assert PackedCache(missing).digests.known(tmp_path / "x") is not None
 
 
 def test_only_a_blob_of_the_hubs_cache_is_called_by_its_digest(tmp_path):
