@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flexport.backend import Backend, Capabilities, MultipliesPacked
-from flexport.codecs.compressed import compressed
+from flexport.codecs.compressed import Compressed, compressed
 from flexport.engine.attempts import forget, joined, retry
 from flexport.engine.compression import weights_summary
 from flexport.engine.in_flight import InFlight
@@ -449,7 +449,8 @@ class Engine:
         return weights_summary(self.spec, codec)
 
     def _sizes(self, codec: str) -> ModelSizes:
-        dtype, form, decodes = self.dtype, compressed(codec), self._decodes(codec)
+        dtype, form = self.dtype, compressed(codec)
+        decodes = form is not None and self._decodes(form)
         if (dtype, codec, decodes) not in self._sizes_in:
             self._sizes_in[dtype, codec, decodes] = model_sizes(
                 self.spec,
@@ -458,7 +459,7 @@ class Engine:
             )
         return self._sizes_in[dtype, codec, decodes]
 
-    def _decodes(self, codec: str) -> bool:
+    def _decodes(self, form: Compressed) -> bool:
         """Whether weights that are packed so are ever decoded.
 
         Before the backend is open the answer is no, since it may multiply with them.
@@ -469,7 +470,8 @@ class Engine:
             return True
         from flexport.torch_ops import torch_dtype
 
-        return not self.backend.multiplies(codec, torch_dtype(self.dtype), sys.maxsize)
+        dtype = torch_dtype(self.dtype)
+        return not self.backend.multiplies(form.matrix_form, dtype, sys.maxsize)
 
     def _unload(self) -> None:
         """Give the weights back, and all that was made on disk."""

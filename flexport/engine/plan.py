@@ -10,12 +10,8 @@ from typing import Any, Literal
 
 from flexport.codecs.plane import BITS, Plane
 from flexport.engine.stored import TensorSize
-from flexport.models.spec import (
-    Attention,
-    Experts,
-    LatentAttention,
-    Layer,
-    ModelSpec,
+from flexport.models.spec import Attention, Experts, LatentAttention, Layer, ModelSpec
+from flexport.models.tensors import (
     TensorSpec,
     flops_per_token,
     is_projection,
