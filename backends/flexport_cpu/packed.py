@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -101,17 +101,16 @@ class _Rounded:
         self._again_R = again_R = outliers_T.nonzero().flatten()
         if len(again_R):
             left_RD = x_TD.index_select(0, again_R).float()
-            left_RD.addcmul_(codes_TD.index_select(0, again_R).float(), scales_T1[again_R].float(), value=-1)
+            left_RD.addcmul_(
+                codes_TD.index_select(0, again_R).float(), scales_T1[again_R].float(), value=-1
+            )
             left_codes_RD, left_scales_R1, _ = _rounded(left_RD)
             # In one product: what costs is to read the matrix once more, not a row more.
             codes_TD = torch.cat([codes_TD, left_codes_RD])
             scales_T1 = torch.cat([scales_T1, left_scales_R1])
         self._codes_TD, self._scales_T1 = codes_TD, scales_T1
-
-    @cached_property
-    def _bytes_TD(self) -> Tensor:
-        """The codes as oneDNN takes them: bytes of which 128 is 0."""
-        return (self._codes_TD ^ -128).view(torch.uint8)
+        # As oneDNN takes them: bytes of which 128 is 0. A pass over bytes costs next to nothing.
+        self._bytes_TD = (codes_TD ^ -128).view(torch.uint8)
 
     def times(self, matrix: PackedMatrix) -> Tensor:
         """The product with an int8 matrix, in bfloat16."""
