@@ -177,7 +177,8 @@ class _Sweeps:
         """All rows of a block are prefilled in one sweep, and then decoded step by step."""
         job, policy = self.job, self.policy
         rows = policy.block_size if job.num_rows is None else min(policy.block_size, job.num_rows)
-        prompts_s = self.sweep_s(rows * job.prompt_tokens, 0, policy.visit_tokens)
+        prompt_tokens = rows * job.prompt_tokens
+        prompts_s = self.sweep_s(prompt_tokens, 0, min(policy.visit_tokens, prompt_tokens))
         step_s = self.sweep_s(0, rows, min(policy.batch_size, rows))
         return rows * job.new_tokens / (prompts_s + (job.new_tokens - 1) * step_s)
 

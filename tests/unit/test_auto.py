@@ -191,6 +191,16 @@ def test_a_block_is_no_larger_than_the_job():
     assert policy.block_size == 3
 
 
+def test_short_prompts_pass_together_even_if_nothing_is_decoded():
+    job = JobSizes(prompt_tokens=16, new_tokens=1, num_rows=64)
+    plenty = Budgets(device_bytes=16_000 * MIB, host_bytes=16_000 * MIB, disk_bytes=0)
+
+    policy = pick(job, plenty, unified=True)
+
+    # One row after another would read all weights for 16 tokens at a time.
+    assert policy.block_size == job.num_rows
+
+
 def test_prompts_are_paced_where_weights_stream_to_a_job_of_several_blocks():
     """Prefill is bound by compute and decode by the disk, so together they take the longer of both."""
     job = JobSizes(prompt_tokens=128, new_tokens=32, num_rows=500)
