@@ -31,6 +31,7 @@ from flexport.planner.footprint import (
     LayerCaches,
     ModelSizes,
 )
+from flexport.planner.machine import Machine
 from flexport.planner.predict import Prediction
 from flexport.policy import Budgets, Policy, Split, Tier
 from flexport.units import format_bytes
@@ -232,6 +233,8 @@ class Plan:
     needs: Footprint
     predicted: Prediction
     """What the job takes, if it is like the rows that were looked at."""
+    machine: Machine
+    """Whose numbers these are."""
     budgets: Budgets
     page_tokens: int
     stream_bytes: int
