@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flexport.backend import Backend, Capabilities, MultipliesPacked
 from flexport.codecs.compressed import Compressed
+from flexport.engine.advice import warnings
 from flexport.engine.attempts import forget, joined, retry
+from flexport.engine.comparison import comparison
 from flexport.engine.in_flight import InFlight
 from flexport.engine.limits import default_budgets
+from flexport.engine.machines import machine_here
 from flexport.engine.plan import Plan
 from flexport.engine.planning import KnownSizes, Planning, job_of
 from flexport.engine.source import open_source
@@ -32,7 +35,6 @@ from flexport.planner.auto import Choice
 from flexport.planner.footprint import JobSizes
 from flexport.planner.halving import halved, left_over
 from flexport.planner.machine import Machine
-from flexport.planner.typical import typical
 from flexport.policy import Budgets, Policy
 from flexport.records import Completion, Request
 from flexport.registry import describe_backend, open_backend
@@ -176,6 +178,34 @@ class Engine:
                 yield completion
 
         yield from self._in_attempts(job, rows, attempt)
+        self.report |= self._judged(job)
+
+    def _judged(self, job: JobSizes) -> dict[str, Any]:
+        """What the report adds when a job has ended: the prediction beside it, and what follows.
+
+        A job that took several attempts was not run as it was predicted, and has neither.
+        """
+        report, plan = self.report, self.plan
+        assert plan is not None
+        num_rows = report["rows"]
+        if report["retries"] or not num_rows:
+            return {"comparison": None, "warnings": []}
+        ended = replace(
+            job,
+            num_rows=num_rows,
+            mean_prompt_tokens=report["tokens"]["prompt"] / num_rows,
+            mean_new_tokens=report["tokens"]["generated"] / num_rows,
+        )
+        compared = {"comparison": comparison(self._planning.predict(ended, plan.policy), report)}
+        fixed = self._choice.weights is not None or self._choice.cache is not None
+        return compared | {
+            "warnings": warnings(
+                report | compared,
+                numbers=plan.numbers,
+                asked=self._policy is not None or fixed,
+                packed=bool(self._source.packings),
+            )
+        }
 
     def score(
         self,
@@ -316,11 +346,14 @@ class Engine:
     def _know(self, facts: Capabilities) -> None:
         """What follows from what a device says of itself."""
         self.budgets = default_budgets(facts, self._asked_budgets, self._offload_dir)
-        machine = self._asked_machine or typical(facts, self.backend_name, self.budgets)
+        machine, numbers = machine_here(facts, self.backend_name, self.budgets)
+        if self._asked_machine is not None:
+            machine, numbers = self._asked_machine, "asked"
         self._planning = Planning(
             self._source,
             facts,
             machine,
+            numbers=numbers,
             backend=self.backend_name,
             dtype=self._asked_dtype,
             decodes=self._decodes,

@@ -12,6 +12,7 @@ from flexport.backend import Capabilities
 from flexport.codecs.compressed import Compressed, compressed
 from flexport.engine.compression import weights_summary
 from flexport.engine.limits import dtype_for
+from flexport.engine.machines import Numbers
 from flexport.engine.model_work import model_work
 from flexport.engine.plan import Plan, cache_bits, model_sizes
 from flexport.engine.source import Source
@@ -74,6 +75,7 @@ class Planning:
         facts: Capabilities,
         machine: Machine,
         *,
+        numbers: Numbers,
         backend: str,
         dtype: str = "auto",
         decodes: Callable[[Compressed], bool] | None = None,
@@ -81,11 +83,13 @@ class Planning:
     ) -> None:
         """`facts` decide what fits and what may be asked for, `machine` how long it takes.
 
+        `numbers` says whose the machine's are.
         `decodes` says whether weights that are packed so are ever decoded; without it the machine
         does. `sizes` is what other plans of the model have found out. Raises UsageError for a
         `dtype` that the device doesn't compute in.
         """
         self.machine = machine
+        self._numbers = numbers
         self.dtype, self._dtype_reason = dtype_for(dtype, facts, source.file_dtype)
         self._source = source
         self._facts = facts
@@ -134,6 +138,7 @@ class Planning:
             needs=needs,
             predicted=self.predict(job, policy),
             machine=self.machine,
+            numbers=self._numbers,
             budgets=budgets,
             page_tokens=page_tokens_for(policy, preferred),
             stream_bytes=round(
