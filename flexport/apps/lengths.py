@@ -16,8 +16,8 @@ __all__ = ["evenly", "sampled"]
 MOST_ROWS = 1024
 """Lines that are looked at: enough to meet a length that one row in 200 has."""
 
-MOST_BYTES = 4 << 20
-"""Of text that is made tokens of: about a second's work."""
+MOST_BYTES = 1 << 20
+"""Of text that is made tokens of: about half a second's work."""
 
 
 def sampled(lines: Iterable[bytes], encoder: Encoder) -> tuple[list[Request], int]:

@@ -86,7 +86,9 @@ def _waited(report: Mapping[str, Any], waited: float, *, packed: bool) -> str:
     if any(policy["weights"][tier] for tier in tiers):
         if policy["compress_weights"] == "none" and not packed:
             ways.append("--compress-weights int8 halves the weights on that way")
-        ways.append("more --device-memory keeps more of them")
+        beside = lane == "disk_to_host" and not report["plan"]["unified"]
+        memory = "--device-memory or --host-memory" if beside else "--device-memory"
+        ways.append(f"more {memory} keeps more of them near")
         if report["rows"] > policy["batch_size"] * policy["num_batches"]:
             ways.append("a larger block (--num-batches) lets more rows share them")
     if any(policy["cache"][tier] for tier in tiers):

@@ -336,11 +336,11 @@ def _compressed(compression: Mapping[str, Any]) -> list[str]:
 
 def _predicted(predicted: Prediction, job: JobSizes, block_size: int) -> list[str]:
     load_s, run_s = predicted.load_s, predicted.run_s
-    rows = f"rows of {job.mean_prompt:.0f} tokens and {job.mean_new:.0f} new ones"
+    lengths = f"of {job.mean_prompt:.0f} tokens and {job.mean_new:.0f} new ones"
     took = (
-        f"{format_seconds(run_s)} for each block of {block_size} {rows}"
+        f"{format_seconds(run_s)} for each block of {_rows(block_size)} {lengths}"
         if job.num_rows is None
-        else f"{format_seconds(run_s)} for {job.num_rows} {rows}"
+        else f"{format_seconds(run_s)} for {_rows(job.num_rows)} {lengths}"
     )
     busy_s, lane = predicted.busy_s[predicted.limited_by], predicted.limited_by
     share = f"{100 * busy_s / run_s:.0f} %" if run_s else "0 %"
@@ -348,6 +348,10 @@ def _predicted(predicted: Prediction, job: JobSizes, block_size: int) -> list[st
         f"  predicted: {format_tok_s(predicted.tok_s)}, {took}, after {format_seconds(load_s)} of loading",
         f"  {LANES[lane]} limits it, busy for {share} of that time",
     ]
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def _whose(machine: Machine, numbers: Numbers) -> str:
