@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from flexport.engine.llm import LLM
     from flexport.engine.plan import Plan
 
-__all__ = ["HELP", "add_arguments", "open_llm", "run"]
-
-HELP = "run a file of prompts through a model; with no options, the embedded demo"
+__all__ = ["add_arguments", "open_llm", "run"]
 
 _STANDARD = "-"
 _INTERRUPTED = 130

@@ -418,7 +418,7 @@ class Engine:
             return True
         from flexport.torch_ops import torch_dtype
 
-        return not self.backend.multiplies(form.name, torch_dtype(self.dtype), sys.maxsize)
+        return not self.backend.multiplies(form.matrix_form, torch_dtype(self.dtype), sys.maxsize)
 
     def _unload(self) -> None:
         """Give the weights back, and all that was made on disk."""

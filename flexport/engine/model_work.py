@@ -8,10 +8,8 @@ from functools import lru_cache
 from flexport.codecs.compressed import compressed
 from flexport.engine.plan import layer_caches
 from flexport.engine.stored import packed_layout
-from flexport.models.spec import (
-    Experts,
-    Layer,
-    ModelSpec,
+from flexport.models.spec import Experts, Layer, ModelSpec
+from flexport.models.tensors import (
     TensorSpec,
     attention_flops,
     distinct_layers,

@@ -12,12 +12,8 @@ from flexport.codecs.plane import BITS, Plane
 from flexport.engine.comparison import LANES
 from flexport.engine.machines import Numbers
 from flexport.engine.stored import TensorSize
-from flexport.models.spec import (
-    Attention,
-    Experts,
-    LatentAttention,
-    Layer,
-    ModelSpec,
+from flexport.models.spec import Attention, Experts, LatentAttention, Layer, ModelSpec
+from flexport.models.tensors import (
     TensorSpec,
     flops_per_token,
     is_projection,

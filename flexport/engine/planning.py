@@ -206,5 +206,4 @@ class Planning:
         return self._sizes_in[key]
 
     def _is_decoded(self, form: Compressed) -> bool:
-        codec = form.name.partition(":")[0]
-        return self.machine.device.direct_rows.get(codec, 0) < ALWAYS_DIRECT
+        return self.machine.device.direct_rows.get(form.matrix_form, 0) < ALWAYS_DIRECT
