@@ -171,7 +171,10 @@ class Policy:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Policy:
-        """The policy of a JSON file; raises PolicyError, naming the file, if it holds none."""
+        """The policy of a JSON file, or of a plan or report in one, which has it under "policy".
+
+        Raises PolicyError, naming the file, if it holds none.
+        """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -182,8 +185,13 @@ class Policy:
             raise PolicyError(
                 f"the policy file {path} holds a {type(data).__name__}, not an object"
             )
+        own = data.get("policy", data)
+        if not isinstance(own, dict):
+            raise PolicyError(
+                f'the policy file {path} has {own!r} as its "policy", which must be an object'
+            )
         try:
-            return cls.from_dict(data)
+            return cls.from_dict(own)
         except PolicyError as error:
             raise PolicyError(f"the policy file {path}: {error}") from error
 

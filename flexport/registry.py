@@ -26,6 +26,7 @@ __all__ = [
     "backends",
     "describe_backend",
     "open_backend",
+    "which_backend",
 ]
 
 GROUP = "flexport.backends"
@@ -99,6 +100,21 @@ def open_backend(name: str = "auto") -> tuple[str, Backend]:
             failures[listing.name] = str(error)
             _log.warning("%s; trying the next backend", error)
     raise BackendUnavailable(f"no backend can be used here: {_reasons(listings, failures)}")
+
+
+def which_backend(name: str = "auto") -> str:
+    """The name of the backend that `open_backend` would try first.
+
+    Raises BackendUnavailable if "auto" has none to try.
+    """
+    name, _ = _asked(name)
+    if name != "auto":
+        return name
+    listings = backends()
+    order = auto_order(listings)
+    if not order:
+        raise BackendUnavailable(f"no backend can be used here: {_reasons(listings, {})}")
+    return order[0].name
 
 
 def describe_backend(name: str = "auto") -> Capabilities | None:

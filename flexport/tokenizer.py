@@ -3,7 +3,8 @@
 Built on transformers' AutoTokenizer, since what a family adds to a prompt (OPT begins each with
 </s>) and how old vocabularies become fast ones is knowledge that lives there. Code that comes
 with a checkpoint is never run. transformers takes about a second to import, so that happens when
-a tokenizer is opened and not before.
+a tokenizer is opened and not before. A plan only wants to know how long prompts are, at once: what
+counts their tokens reads the same files without transformers.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from typing import Any
 
 from flexport.errors import CheckpointError, RowError
 
-__all__ = ["Tokenizer", "open_tokenizer"]
+__all__ = ["TokenCounter", "Tokenizer", "open_tokenizer"]
 
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 """A directory with none of them has no vocabulary."""
+
+TOKEN_BYTES = 4
+"""Of English text a token, as vocabularies of some ten thousand words cut it."""
+
+MESSAGE_TOKENS = 8
+"""What chat templates put around a message: role, marks, line breaks."""
 
 
 def open_tokenizer(directory: Path) -> Tokenizer | None:
@@ -102,3 +109,54 @@ class Tokenizer:
                 text, add_special_tokens=add_special_tokens, verbose=False
             )
         return ids
+
+
+class TokenCounter:
+    """Tells how many tokens a prompt has; of what it gives, only the length means anything.
+
+    A conversation's is a little off, since its template is not applied.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        """Of a model directory. Raises CheckpointError for a vocabulary that can't be read."""
+        self._inner = None if directory is None else _fast_tokenizer(directory)
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether tokens are counted; else they are taken to be TOKEN_BYTES long."""
+        return self._inner is not None
+
+    def encode(self, text: str) -> list[int]:
+        """As many as `Tokenizer.encode` gives."""
+        if self._inner is None:
+            return [0] * -(-len(text.encode(errors="replace")) // TOKEN_BYTES)
+        ids: list[int] = self._inner.encode(text).ids
+        return ids
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """About as many as `Tokenizer.apply_chat_template` gives."""
+        text = "\n".join(str(message.get("content") or "") for message in messages)
+        return [*self.encode(text), *[0] * (MESSAGE_TOKENS * (len(messages) + 1))]
+
+
+def _fast_tokenizer(directory: Path) -> Any:
+    """The library's own, from whichever files it can read; None if there are none."""
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import Tokenizer as Fast
+
+    whole, vocabulary, merges = (
+        directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt")
+    )
+    found: Any
+    try:
+        if whole.is_file():
+            found = Fast.from_file(str(whole))
+        elif vocabulary.is_file() and merges.is_file():
+            found = ByteLevelBPETokenizer(str(vocabulary), str(merges))
+        else:
+            return None
+    except Exception as error:  # the library raises plain Exceptions
+        raise CheckpointError(f"can't read the tokenizer in {directory}: {error}") from error
+    found.no_truncation()
+    found.no_padding()
+    return found

@@ -14,6 +14,7 @@ __all__ = [
     "format_count",
     "format_rate",
     "format_seconds",
+    "format_tok_s",
     "parse_bytes",
 ]
 
@@ -71,3 +72,9 @@ def format_seconds(seconds: float) -> str:
     if round(seconds) < 3600:
         return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
     return f"{round(seconds) // 3600} h {round(seconds) % 3600 // 60:02d} min"
+
+
+def format_tok_s(tokens_per_s: float) -> str:
+    """A rate of tokens for people, in three digits at least: "1141 tok/s", "55.5 tok/s", "0.774 tok/s"."""
+    digits = 0 if tokens_per_s >= 999.5 else 1 if tokens_per_s >= 9.995 else 3
+    return f"{tokens_per_s:.{digits}f} tok/s"

@@ -25,8 +25,13 @@ __all__ = ["Generator", "JobSummary", "Progress", "Quiet", "run_job"]
 class Generator(Protocol):
     """What answers requests: an engine, or in tests something that looks like one."""
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """One completion a request, in any order; takes requests only as it has room for them."""
+    def generate(
+        self, requests: Iterable[Request], *, num_rows: int | None = None
+    ) -> Iterator[Completion]:
+        """One completion a request, in any order; takes requests only as it has room for them.
+
+        `num_rows` is about how many there are, if that is known.
+        """
 
 
 class Progress(Protocol):
@@ -82,13 +87,15 @@ def run_job(
     model: str,
     finished: Finished | None = None,
     progress: Progress | None = None,
+    num_rows: int | None = None,
 ) -> JobSummary:
     """Answer every row that is not `finished`, and write each answer or refusal to `sink`.
 
-    `model` is the name in answers of OpenAI's form whose row named none.
+    `model` is the name in answers of OpenAI's form whose row named none; `num_rows` is about how
+    many rows are not finished, if that is known.
     """
     job = _Job(sink, encoder, model, finished or Finished(), progress or Quiet())
-    for completion in engine.generate(job.requests(rows)):
+    for completion in engine.generate(job.requests(rows), num_rows=num_rows):
         job.write_answer(completion)
     if job.taken:
         raise RunError(

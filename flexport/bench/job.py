@@ -24,7 +24,7 @@ from flexport.records import Request, SamplingParams
 if TYPE_CHECKING:
     from flexport.engine.llm import LLM
 
-__all__ = ["commit", "process_peak_bytes", "result", "run_repeats", "table"]
+__all__ = ["commit", "middle", "process_peak_bytes", "result", "run_repeats", "table"]
 
 
 def run_repeats(
@@ -52,6 +52,15 @@ def run_repeats(
     return reports
 
 
+def middle(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The report of the run whose rate is the median, or the next above it."""
+    return sorted(reports, key=_tok_s)[len(reports) // 2]
+
+
+def _tok_s(report: Mapping[str, Any]) -> float:
+    return float(report["throughput"]["generation_tok_s"])
+
+
 def result(
     reports: Sequence[Mapping[str, Any]],
     work: Workload,
@@ -62,9 +71,8 @@ def result(
     ceilings: Ceilings | None,
 ) -> dict[str, Any]:
     """One JSON line of a benchmark. `peak_bytes` is the process's, `ceilings` may be unknown."""
-    rates = [float(report["throughput"]["generation_tok_s"]) for report in reports]
-    middle = sorted(range(len(rates)), key=lambda index: rates[index])[len(rates) // 2]
-    report = reports[middle]
+    rates = [_tok_s(report) for report in reports]
+    report = middle(reports)
     busy_s = report["seconds"]["prefill"] + report["seconds"]["decode"]
     rate = Spread.of(rates)
     found: dict[str, Any] = {
@@ -90,6 +98,8 @@ def result(
         "moved_bytes": report["moved_bytes"],
         "peak_bytes": {**report["peak_bytes"], "process": peak_bytes},
         "flops": work_flops(spec, work),
+        "comparison": report["comparison"],
+        "warnings": report["warnings"],
     }
     if ceilings is not None:
         streamed_bytes = sum(report["moved_bytes"][lane] for lane in _DISK_LANES)

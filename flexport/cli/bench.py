@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexport.bench.workload import Workload
 from flexport.cli.engine_options import add_engine_arguments, engine_settings, positive
+from flexport.cli.judged import show_judged
 from flexport.cli.progress import show_packing
 from flexport.errors import UsageError
 
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
         ceilings = _ceilings_from(known_data) if known_data else None
         reports = job.run_repeats(llm, work, args.repeats, _say)
+        show_judged(job.middle(reports))
         peak_bytes = job.process_peak_bytes()
         engine = llm.engine
         spec, device = engine.spec, engine.backend.capabilities.name

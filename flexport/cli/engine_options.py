@@ -15,25 +15,27 @@ from flexport.errors import UsageError
 from flexport.policy import CACHE_CODECS, WEIGHT_CODECS, Policy
 from flexport.units import parse_bytes
 
-__all__ = ["add_engine_arguments", "engine_settings", "positive"]
+__all__ = ["POLICY_OPTIONS", "add_engine_arguments", "engine_settings", "positive"]
 
 _SHARES = ("WD", "WH", "KD", "KH", "AD", "AH")
 
 _BLOCK_OPTIONS = ("batch_size", "num_batches", "prefill_tokens", "sweep_tokens")
-_POLICY_OPTIONS = (
+POLICY_OPTIONS = (
     "percent",
     *_BLOCK_OPTIONS,
     "cpu_attention",
     "compress_weights",
     "compress_cache",
 )
+"""What `flexport.engine.llm.policy_asked` takes beside a policy."""
+
 _SETTINGS = (
     "model",
     "revision",
     "load_format",
     "backend",
     "dtype",
-    *_POLICY_OPTIONS,
+    *POLICY_OPTIONS,
     "device_memory",
     "host_memory",
     "disk_memory",
@@ -180,7 +182,7 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.policy == "auto":
         return settings
-    also_given = [name for name in _POLICY_OPTIONS if name in settings]
+    also_given = [name for name in POLICY_OPTIONS if name in settings]
     if settings.get("cpu_attention") == "auto":
         also_given.remove("cpu_attention")
     if also_given:

@@ -33,6 +33,10 @@ COMMANDS = {
         "flexport.cli.run",
         "run a file of prompts through a model; with no options, the embedded demo",
     ),
+    "plan": (
+        "flexport.cli.plan",
+        "say what a run would do and how long it would take, here or on another machine",
+    ),
     "bench": ("flexport.cli.bench", "measure generation throughput on synthetic prompts"),
     "quality": (
         "flexport.cli.quality",

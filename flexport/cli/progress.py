@@ -1,6 +1,7 @@
 """How a job goes, for people: a bar on a terminal, a plain line now and then elsewhere.
 
-All of it goes to stderr. The time left is what the rows (or bytes) so far took, for those to come.
+All of it goes to stderr. The time left is what the rows (or bytes) so far took, for those to come;
+before a row has ended, what the plan predicts.
 """
 
 from __future__ import annotations
@@ -41,12 +42,23 @@ class _Ticking(Progress, Protocol):
         """Show it for the last time."""
 
 
+def _unknown() -> None:
+    return None
+
+
 @contextmanager
-def show_progress(num_rows: int | None) -> Iterator[Progress]:
-    """Progress on stderr while the block runs; `num_rows` is None for an input of unknown end."""
+def show_progress(
+    num_rows: int | None, predicted_s: Callable[[], float | None] = _unknown
+) -> Iterator[Progress]:
+    """Progress on stderr while the block runs; `num_rows` is None for an input of unknown end.
+
+    `predicted_s` says how long it should take in all, once that is known.
+    """
     on_terminal = sys.stderr.isatty()
     progress: _Ticking = (
-        _ProgressBar(num_rows) if on_terminal else ProgressLines(num_rows, sys.stderr)
+        _ProgressBar(num_rows, predicted_s)
+        if on_terminal
+        else ProgressLines(num_rows, sys.stderr, predicted_s=predicted_s)
     )
     over = threading.Event()
 
@@ -68,8 +80,10 @@ def show_progress(num_rows: int | None) -> Iterator[Progress]:
 class _ProgressBar:
     """A bar over rows, with the rate in tokens."""
 
-    def __init__(self, num_rows: int | None) -> None:
+    def __init__(self, num_rows: int | None, predicted_s: Callable[[], float | None]) -> None:
         from tqdm import tqdm
+
+        self._predicted_s = predicted_s
 
         # Rows end in bursts, a block at a time: only the average over the whole run says anything.
         self._bar = tqdm(
@@ -96,6 +110,9 @@ class _ProgressBar:
 
     def tick(self) -> None:
         """Let the clock go on."""
+        if not self._num_tokens and not self._num_failed:
+            left = _left_text(self._predicted_s(), time.monotonic() - self._started_s)
+            self._bar.set_postfix_str(left, False)
         self._bar.refresh()
 
     def close(self) -> None:
@@ -113,9 +130,14 @@ class ProgressLines:
     """A line every ten seconds."""
 
     def __init__(
-        self, num_rows: int | None, stream: TextIO, clock_s: Callable[[], float] = time.monotonic
+        self,
+        num_rows: int | None,
+        stream: TextIO,
+        clock_s: Callable[[], float] = time.monotonic,
+        predicted_s: Callable[[], float | None] = _unknown,
     ) -> None:
         self._num_rows = num_rows
+        self._predicted_s = predicted_s
         self._stream = stream
         self._clock_s = clock_s
         self._started_s = clock_s()
@@ -154,7 +176,16 @@ class ProgressLines:
         if self._num_rows and num_now:
             left_s = max(0, self._num_rows - num_done) * elapsed_s / num_now
             parts.append(f"about {format_seconds(left_s)} left")
+        elif not num_now and (left := _left_text(self._predicted_s(), elapsed_s)):
+            parts.append(left)
         print(f"flexport: {', '.join(parts)}", file=self._stream, flush=True)
+
+
+def _left_text(predicted_s: float | None, elapsed_s: float) -> str:
+    """What is left of a prediction, as long as it is not over."""
+    if predicted_s is None or predicted_s <= elapsed_s:
+        return ""
+    return f"about {format_seconds(predicted_s - elapsed_s)} left, as predicted"
 
 
 @contextmanager

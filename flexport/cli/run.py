@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flexport.apps.batch import JobSummary, run_job
 from flexport.apps.demo import outcome
 from flexport.cli.engine_options import add_engine_arguments, engine_settings
+from flexport.cli.judged import show_judged
 from flexport.cli.progress import say, show_packing, show_progress
 from flexport.errors import StorageError, UsageError
 from flexport.intake.encode import Encoder
@@ -27,6 +28,7 @@ from flexport.units import format_seconds
 
 if TYPE_CHECKING:
     from flexport.engine.llm import LLM
+    from flexport.engine.plan import Plan
 
 __all__ = ["add_arguments", "open_llm", "run"]
 
@@ -208,7 +210,7 @@ class _Job:
             vocab_size=llm.vocab_size,
             fallback_max_tokens=_MAX_TOKENS if self._args.max_tokens is None else None,
         )
-        with show_progress(self._num_rows()) as progress:
+        with show_progress(self._num_rows(), lambda: _predicted_s(llm.plan)) as progress:
             summary = run_job(
                 llm.engine,
                 self._rows,
@@ -217,8 +219,10 @@ class _Job:
                 model=llm.model_name,
                 finished=finished,
                 progress=progress,
+                num_rows=self._num_left(finished),
             )
         _talk(_told(summary, llm.report))
+        show_judged(llm.report)
         if self._args.report is not None:
             _write_report(Path(self._args.report), llm.report, summary)
         return summary
@@ -275,10 +279,24 @@ class _Job:
             return len(self._args.prompt)
         return _count_lines(self._input) if self._input.is_file() else None
 
+    def _num_left(self, finished: Finished) -> int | None:
+        """Of these, about how many there is no line for in the output."""
+        num_rows = self._num_rows()
+        if num_rows is None:
+            return None
+        return max(0, num_rows - finished.num_answers - finished.num_errors)
+
     def _answers(self) -> list[bytes]:
         if self._output is None:
             return self._collected.getvalue().splitlines()
         return self._output.read_bytes().splitlines()
+
+
+def _predicted_s(plan: Plan | None) -> float | None:
+    """How long the whole job should take, if there is a plan and it knows how many rows there are."""
+    if plan is None or plan.job.num_rows is None:
+        return None
+    return plan.predicted.load_s + plan.predicted.run_s
 
 
 def _count_lines(path: Path) -> int:

@@ -46,6 +46,7 @@ def joined(
     found = dict(attempts[-1])
     for field in ADDED_UP:
         found[field] = {name: sum(each[field][name] for each in attempts) for name in found[field]}
+    found["rows"] = sum(each["rows"] for each in attempts)
     found["peak_bytes"] = {
         tier: max(each["peak_bytes"][tier] for each in attempts) for tier in found["peak_bytes"]
     }

@@ -11,7 +11,7 @@ import gc
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,28 +19,26 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flexport.backend import Backend, Capabilities, MultipliesPacked
-from flexport.codecs.compressed import Compressed, compressed
+from flexport.codecs.compressed import Compressed
+from flexport.engine.advice import warnings
 from flexport.engine.attempts import forget, joined, retry
-from flexport.engine.compression import weights_summary
+from flexport.engine.comparison import comparison
 from flexport.engine.in_flight import InFlight
-from flexport.engine.limits import default_budgets, dtype_for
-from flexport.engine.model_work import model_work
-from flexport.engine.plan import Plan, cache_bits, model_sizes
+from flexport.engine.limits import default_budgets
+from flexport.engine.machines import machine_here
+from flexport.engine.plan import Plan
+from flexport.engine.planning import KnownSizes, Planning, job_of
 from flexport.engine.source import open_source
 from flexport.engine.trace import Trace
-from flexport.errors import DoesNotFit, OutOfMemory, PolicyError, UsageError
-from flexport.planner.auto import Choice, check, choose
-from flexport.planner.costs import Costs
-from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint, page_tokens_for
+from flexport.errors import DoesNotFit, OutOfMemory, UsageError
+from flexport.planner.auto import Choice
+from flexport.planner.footprint import JobSizes
 from flexport.planner.halving import halved, left_over
 from flexport.planner.machine import Machine
-from flexport.planner.predict import predict
-from flexport.planner.typical import typical
 from flexport.policy import Budgets, Policy
 from flexport.records import Completion, Request
 from flexport.registry import describe_backend, open_backend
 from flexport.tokenizer import Tokenizer, open_tokenizer
-from flexport.units import VALUE_BYTES
 
 if TYPE_CHECKING:
     from flexport.engine.loaded import Loaded
@@ -94,9 +92,7 @@ class Engine:
         Plans are made with the numbers of `machine`, or else of a typical one.
         """
         self._source = open_source(model, revision, load_format)
-        self._sizes_in: dict[tuple[str, str, bool], ModelSizes] = {}
-        """By dtype computed in, how weights are compressed, and whether they are ever decoded: half a
-        second's work where there are 50,000 experts."""
+        self._sizes_in: KnownSizes = {}
         self.spec = self._source.spec
         self._asked_dtype = dtype
         self._asked_budgets = budgets
@@ -132,10 +128,21 @@ class Engine:
         """The model as it was asked for."""
         return self._source.name
 
+    @property
+    def dtype(self) -> str:
+        """What is computed in."""
+        return self._planning.dtype
+
     # ---- jobs
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(
+        self, requests: Iterable[Request], *, num_rows: int | None = None
+    ) -> Iterator[Completion]:
         """Completions in the order in which rows end; requests are taken as there is room.
+
+        The plan is made when the first PEEK_ROWS are known. `num_rows` is about how many there are
+        in all, for requests that have no length; a plan for a job of unknown end is one for a
+        single block.
 
         Raises DoesNotFit before anything is computed if the budgets are too small. Closing the
         iterator early ends the job and leaves the engine ready for the next one; an error, which
@@ -146,23 +153,22 @@ class Engine:
         no completion yet; the report's `retries` and a warning tell. Raises OutOfMemory when the
         block is one row.
         """
+        if isinstance(requests, Sized):
+            num_rows = len(requests)
         with self._one_job():
-            yield from self._generate(InFlight(requests))
+            yield from self._generate(InFlight(requests), num_rows)
 
-    def _generate(self, rows: InFlight[Request]) -> Iterator[Completion]:
+    def _generate(self, rows: InFlight[Request], num_rows: int | None) -> Iterator[Completion]:
         head = rows.peek(PEEK_ROWS)
         if not head:
             return
-        known = len(head) if len(head) < PEEK_ROWS else None
-        job = JobSizes(
-            prompt_tokens=max(len(request.token_ids) for request in head),
-            new_tokens=max(request.sampling.max_tokens for request in head),
-            num_rows=known,
-            mean_prompt_tokens=sum(len(request.token_ids) for request in head) / len(head),
-            mean_new_tokens=sum(request.sampling.max_tokens for request in head) / len(head),
-        )
+        if len(head) < PEEK_ROWS:
+            num_rows = len(head)
+        elif num_rows is not None:
+            num_rows = max(num_rows, PEEK_ROWS)
+        job = job_of(head, num_rows)
         for request in head:
-            self._check_length(len(request.token_ids), request.sampling.max_tokens)
+            self._planning.check_length(len(request.token_ids), request.sampling.max_tokens)
         del head, request
 
         def attempt(loaded: Loaded) -> Iterator[Completion]:
@@ -172,6 +178,34 @@ class Engine:
                 yield completion
 
         yield from self._in_attempts(job, rows, attempt)
+        self.report |= self._judged(job)
+
+    def _judged(self, job: JobSizes) -> dict[str, Any]:
+        """What the report adds when a job has ended: the prediction beside it, and what follows.
+
+        A job that took several attempts was not run as it was predicted, and has neither.
+        """
+        report, plan = self.report, self.plan
+        assert plan is not None
+        num_rows = report["rows"]
+        if report["retries"] or not num_rows:
+            return {"comparison": None, "warnings": []}
+        ended = replace(
+            job,
+            num_rows=num_rows,
+            mean_prompt_tokens=report["tokens"]["prompt"] / num_rows,
+            mean_new_tokens=report["tokens"]["generated"] / num_rows,
+        )
+        compared = {"comparison": comparison(self._planning.predict(ended, plan.policy), report)}
+        fixed = self._choice.weights is not None or self._choice.cache is not None
+        return compared | {
+            "warnings": warnings(
+                report | compared,
+                numbers=plan.numbers,
+                asked=self._policy is not None or fixed,
+                packed=bool(self._source.packings),
+            )
+        }
 
     def score(
         self,
@@ -195,7 +229,7 @@ class Engine:
             return
         # The last token of a continuation is scored and never computed.
         longest = max(len(context) + len(target) - 1 for context, target in pairs)
-        self._check_length(longest, 1)
+        self._planning.check_length(longest, 1)
         steps = max(len(target) for _, target in pairs) if through_cache else 1
         prompt_tokens = max(len(context) for context, _ in pairs) if through_cache else longest
         job = JobSizes(prompt_tokens=prompt_tokens, new_tokens=steps, num_rows=len(pairs))
@@ -301,7 +335,7 @@ class Engine:
             plan.policy.batch_size,
             loaded.num_lost,
         )
-        needs = self._footprint(plan.job, policy)
+        needs = self._planning.footprint(plan.job, policy)
         self.budgets = left_over(self.budgets, loaded.held_bytes, plan.needs, needs)
         if self._policy is not None:
             self._policy = policy
@@ -311,12 +345,20 @@ class Engine:
 
     def _know(self, facts: Capabilities) -> None:
         """What follows from what a device says of itself."""
-        self._facts = facts
-        self.dtype, self._dtype_reason = dtype_for(
-            self._asked_dtype, facts, self._source.file_dtype
-        )
         self.budgets = default_budgets(facts, self._asked_budgets, self._offload_dir)
-        self.machine = self._asked_machine or typical(facts, self.backend_name, self.budgets)
+        machine, numbers = machine_here(facts, self.backend_name, self.budgets)
+        if self._asked_machine is not None:
+            machine, numbers = self._asked_machine, "asked"
+        self._planning = Planning(
+            self._source,
+            facts,
+            machine,
+            numbers=numbers,
+            backend=self.backend_name,
+            dtype=self._asked_dtype,
+            decodes=self._decodes,
+            sizes=self._sizes_in,
+        )
 
     def _refuse_what_never_fits(self, facts: Capabilities) -> None:
         """Raise DoesNotFit, in a fraction of the time that opening the device takes."""
@@ -327,14 +369,6 @@ class Engine:
             raise DoesNotFit(
                 f"{error}; this is for a row of one token, others take more"
             ) from error
-
-    def _check_length(self, prompt_tokens: int, new_tokens: int) -> None:
-        # The last token that is sampled is never computed, and needs no position.
-        if prompt_tokens + new_tokens - 1 > self.spec.max_positions:
-            raise UsageError(
-                f"a row of {prompt_tokens} prompt tokens and {new_tokens} new ones is longer than "
-                f"the {self.spec.max_positions} positions of {self.model_name}"
-            )
 
     def _prepare(self, job: JobSizes, policy: Policy | None = None) -> Loaded:
         """A plan for the job, in force; the weights stay where they are if it wants them there."""
@@ -367,97 +401,11 @@ class Engine:
 
     def _make_plan(self, job: JobSizes, policy: Policy | None = None) -> Plan:
         """The plan of `policy`, or else of the one asked for, or else of the best."""
-        preferred, unified = self._facts.page_tokens, self._facts.unified
         choice = self._choice
         if self._loaded is not None and self.plan is not None:  # what is loaded stays there
             loaded = self.plan.policy
             choice = replace(choice, weights=loaded.weights, cpu_projections=loaded.cpu_projections)
-        policy = (
-            policy
-            or self._policy
-            or choose(
-                self._sizes(choice.compress_weights),
-                job,
-                self.budgets,
-                page_tokens=preferred,
-                unified=unified,
-                addressable=self._facts.addressable,
-                fixed=choice,
-            )
-        )
-        if unified and (policy.cpu_attention or policy.cpu_projections):
-            raise PolicyError(
-                f"--cpu-attention on (a policy's cpu_attention, cpu_projections) is for a device with "
-                f"memory of its own; that of {self._facts.name} is the host's, and all is computed "
-                "where it lies: leave it out"
-            )
-        needs = self._footprint(job, policy)
-        check(needs, policy, self.budgets)
-        return Plan(
-            model=self.model_name,
-            backend=self.backend_name,
-            dtype=self.dtype,
-            dtype_reason=self._dtype_reason,
-            policy=policy,
-            job=job,
-            needs=needs,
-            predicted=predict(self._costs(job, policy)),
-            budgets=self.budgets,
-            page_tokens=page_tokens_for(policy, preferred),
-            stream_bytes=round(
-                policy.weights.disk * self._sizes(policy.compress_weights).stream_bytes
-            ),
-            compression={
-                "weights": self._weights_summary(policy.compress_weights),
-                "cache": {
-                    "codec": policy.compress_cache,
-                    "bits": cache_bits(self.spec, policy.compress_cache, VALUE_BYTES[self.dtype]),
-                },
-            },
-        )
-
-    def _costs(self, job: JobSizes, policy: Policy) -> Costs:
-        """What the job costs on the machine that plans are made for."""
-        codec = policy.compress_weights
-        published = self._source.packings[0].name if self._source.packings else None
-        return Costs(
-            self._sizes(codec),
-            model_work(self.spec, codec, published),
-            job,
-            policy,
-            self.machine,
-            self.dtype,
-        )
-
-    def _footprint(self, job: JobSizes, policy: Policy) -> Footprint:
-        facts = self._facts
-        return footprint(
-            self._sizes(policy.compress_weights),
-            job,
-            policy,
-            facts.page_tokens,
-            facts.unified,
-            facts.addressable,
-        )
-
-    def _weights_summary(self, codec: str) -> dict[str, Any]:
-        if codec != "none" and self._source.packings:
-            raise PolicyError(
-                f"--compress-weights {codec}: the weights of {self.model_name} are packed already, as "
-                f"{self._source.packings[0].name}, and run as they are; leave --compress-weights out"
-            )
-        return weights_summary(self.spec, codec)
-
-    def _sizes(self, codec: str) -> ModelSizes:
-        dtype, form = self.dtype, compressed(codec)
-        decodes = form is not None and self._decodes(form)
-        if (dtype, codec, decodes) not in self._sizes_in:
-            self._sizes_in[dtype, codec, decodes] = model_sizes(
-                self.spec,
-                lambda tensor: self._source.size(tensor, dtype, form, decodes=decodes),
-                VALUE_BYTES[dtype],
-            )
-        return self._sizes_in[dtype, codec, decodes]
+        return self._planning.plan(job, self.budgets, policy or self._policy, choice)
 
     def _decodes(self, form: Compressed) -> bool:
         """Whether weights that are packed so are ever decoded.
@@ -470,8 +418,7 @@ class Engine:
             return True
         from flexport.torch_ops import torch_dtype
 
-        dtype = torch_dtype(self.dtype)
-        return not self.backend.multiplies(form.matrix_form, dtype, sys.maxsize)
+        return not self.backend.multiplies(form.matrix_form, torch_dtype(self.dtype), sys.maxsize)
 
     def _unload(self) -> None:
         """Give the weights back, and all that was made on disk."""

@@ -9,10 +9,11 @@ import psutil
 
 from flexport.backend import Capabilities
 from flexport.errors import UsageError
+from flexport.planner.machine import Machine
 from flexport.policy import Budgets
 from flexport.units import format_bytes
 
-__all__ = ["default_budgets", "dtype_for"]
+__all__ = ["budgets_of", "default_budgets", "dtype_for"]
 
 HOST_SHARE = 0.9
 """Of the host memory that is free now; the rest is for everybody else."""
@@ -64,6 +65,23 @@ def default_budgets(
             f"{format_bytes(free_bytes)} free; name another --offload-dir or a smaller size"
         )
     return Budgets(device_bytes=budget[0], host_bytes=budget[1], disk_bytes=disk)
+
+
+def budgets_of(machine: Machine, asked: tuple[int | None, int | None, int | None]) -> Budgets:
+    """The budgets asked for on a machine that is not here, and for those left open all it has."""
+    device, host, disk = asked
+    if machine.unified and (device is not None or host is not None):
+        memory = (device or 0, host or 0)
+    else:
+        memory = (
+            machine.device_bytes if device is None else device,
+            machine.host_bytes if host is None else host,
+        )
+    return Budgets(
+        device_bytes=memory[0],
+        host_bytes=memory[1],
+        disk_bytes=machine.disk_bytes if disk is None else disk,
+    )
 
 
 def _existing(directory: Path) -> Path:

@@ -21,9 +21,49 @@ if TYPE_CHECKING:
     from flexport.engine.packing import ShowPacking
     from flexport.engine.scoring import Score
 
-__all__ = ["LLM"]
+__all__ = ["LLM", "policy_asked"]
 
 Prompt = str | Sequence[int]
+
+
+def policy_asked(
+    policy: Literal["auto"] | Policy | str | Path = "auto",
+    *,
+    percent: Sequence[float] | None = None,
+    batch_size: int | None = None,
+    num_batches: int | None = None,
+    prefill_tokens: int | None = None,
+    sweep_tokens: int | None = None,
+    cpu_attention: Literal["auto", "on", "off"] = "auto",
+    compress_weights: str = "none",
+    compress_cache: str = "none",
+) -> tuple[Policy | None, Choice]:
+    """The policy to obey, if one was given, and what is fixed of one that is yet to be found.
+
+    The options are those of `LLM`. Raises PolicyError and UsageError for what can't be had.
+    """
+    weights, cache, activations = (
+        (None, None, None) if percent is None else Policy.splits_from_percent(percent)
+    )
+    choice = Choice(
+        weights=weights,
+        cache=cache,
+        activations=activations,
+        batch_size=batch_size,
+        num_batches=num_batches,
+        prefill_tokens=prefill_tokens,
+        sweep_tokens=sweep_tokens,
+        cpu_attention=_switch("cpu_attention", cpu_attention),
+        compress_weights=_codec("compress_weights", compress_weights, WEIGHT_CODECS),
+        compress_cache=_codec("compress_cache", compress_cache, CACHE_CODECS),
+    )
+    if policy == "auto":
+        return None, choice
+    if choice != Choice():
+        raise PolicyError(
+            "a policy and options that change it were both given; change the policy instead"
+        )
+    return (policy if isinstance(policy, Policy) else Policy.from_file(policy)), choice
 
 
 class LLM:
@@ -71,29 +111,17 @@ class LLM:
         what every lane does when, in the Chrome trace format. Raises UsageError, or
         one of the errors below it, for what can't work.
         """
-        weights, cache, activations = (
-            (None, None, None) if percent is None else Policy.splits_from_percent(percent)
-        )
-        choice = Choice(
-            weights=weights,
-            cache=cache,
-            activations=activations,
+        obeyed, choice = policy_asked(
+            policy,
+            percent=percent,
             batch_size=batch_size,
             num_batches=num_batches,
             prefill_tokens=prefill_tokens,
             sweep_tokens=sweep_tokens,
-            cpu_attention=_switch("cpu_attention", cpu_attention),
-            compress_weights=_codec("compress_weights", compress_weights, WEIGHT_CODECS),
-            compress_cache=_codec("compress_cache", compress_cache, CACHE_CODECS),
+            cpu_attention=cpu_attention,
+            compress_weights=compress_weights,
+            compress_cache=compress_cache,
         )
-        if policy != "auto" and choice != Choice():
-            raise PolicyError(
-                "a policy and options that change it were both given; change the policy instead"
-            )
-        obeyed = policy if isinstance(policy, Policy) else None
-        if obeyed is None and policy != "auto":
-            assert not isinstance(policy, Policy)
-            obeyed = Policy.from_file(policy)
         self.engine = Engine(
             model=None if model is None else str(model),
             revision=revision,

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from flexport.codecs.plane import BITS, Plane
+from flexport.engine.comparison import LANES
+from flexport.engine.machines import Numbers
 from flexport.engine.stored import TensorSize
 from flexport.models.spec import Attention, Experts, LatentAttention, Layer, ModelSpec
 from flexport.models.tensors import (
@@ -27,9 +29,10 @@ from flexport.planner.footprint import (
     LayerCaches,
     ModelSizes,
 )
+from flexport.planner.machine import Machine
 from flexport.planner.predict import Prediction
 from flexport.policy import Budgets, Policy, Split, Tier
-from flexport.units import format_bytes
+from flexport.units import format_bytes, format_seconds, format_tok_s
 
 __all__ = ["Plan", "cache_bits", "cache_planes", "layer_caches", "model_sizes"]
 
@@ -228,6 +231,9 @@ class Plan:
     needs: Footprint
     predicted: Prediction
     """What the job takes, if it is like the rows that were looked at."""
+    machine: Machine
+    """By whose numbers."""
+    numbers: Numbers
     budgets: Budgets
     page_tokens: int
     stream_bytes: int
@@ -240,7 +246,9 @@ class Plan:
         """Plain data."""
         return {
             "policy": self.policy.to_dict(),
+            "job": asdict(self.job),
             "budgets": asdict(self.budgets),
+            "unified": self.needs.unified,
             "needs": {
                 "device_bytes": self.needs.device_bytes,
                 "host_bytes": self.needs.host_bytes,
@@ -298,6 +306,8 @@ class Plan:
                 f"  {shape} rows share each sweep over the weights{streams}{pace}",
                 *_compressed(self.compression),
                 *beside,
+                *_predicted(self.predicted, self.job, policy.block_size),
+                f"  {_whose(self.machine, self.numbers)}",
             ]
         )
 
@@ -318,6 +328,37 @@ def _compressed(compression: Mapping[str, Any]) -> list[str]:
     if cache["codec"] != "none":
         lines.append(f"  KV cache in {cache['codec']}, {cache['bits']:.3g} bits a value")
     return lines
+
+
+def _predicted(predicted: Prediction, job: JobSizes, block_size: int) -> list[str]:
+    load_s, run_s = predicted.load_s, predicted.run_s
+    lengths = f"of {job.mean_prompt:.0f} tokens and {job.mean_new:.0f} new ones"
+    took = (
+        f"{format_seconds(run_s)} for each block of {_rows(block_size)} {lengths}"
+        if job.num_rows is None
+        else f"{format_seconds(run_s)} for {_rows(job.num_rows)} {lengths}"
+    )
+    busy_s, lane = predicted.busy_s[predicted.limited_by], predicted.limited_by
+    share = f"{100 * busy_s / run_s:.0f} %" if run_s else "0 %"
+    return [
+        f"  predicted: {format_tok_s(predicted.tok_s)}, {took}, after {format_seconds(load_s)} of loading",
+        f"  {LANES[lane]} limits it, busy for {share} of that time",
+    ]
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
+def _whose(machine: Machine, numbers: Numbers) -> str:
+    if numbers == "measured":
+        return "by the numbers that `flexport profile` measured on this machine"
+    if numbers == "typical":
+        return (
+            f"by the numbers of {machine.name}, which this machine is taken for; `flexport profile` "
+            "measures its own"
+        )
+    return f"by the numbers of {machine.name}"
 
 
 def _percent(split: Split, tier: Tier, unified: bool) -> str:

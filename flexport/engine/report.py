@@ -65,6 +65,7 @@ def report(
             **{name: lane_busy_s for name, (_, lane_busy_s) in lanes.items()},
         },
         "wait_seconds": {"compute": clock.wait_s},
+        "rows": done.num_rows,
         "tokens": tokens,
         "throughput": throughput(tokens, seconds),
         "predicted": plan.to_dict()["needs"] | plan.predicted.to_dict(),

@@ -44,7 +44,9 @@ class FakeEngine:
         self._batch_size = batch_size
         self._window = window
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(
+        self, requests: Iterable[Request], *, num_rows: int | None = None
+    ) -> Iterator[Completion]:
         """Completions block by block, the shortest of a block first."""
         for batch in pack(requests, self._batch_size, self._window):
             yield from sorted(

@@ -22,12 +22,16 @@ class FakeLLM:
 
     max_positions = 64
     model_name = "fake-model"
+    plan = None
 
     def __init__(self, engine: FakeEngine | None = None) -> None:
         self.tokenizer = ByteTokenizer()
         self.vocab_size = self.tokenizer.vocab_size
         self.engine = engine or FakeEngine()
-        self.report = {"seconds": {"total": 2.0}, "throughput": {"generation_tok_s": 7.5}}
+        self.report: dict[str, Any] = {
+            "seconds": {"total": 2.0},
+            "throughput": {"generation_tok_s": 7.5},
+        }
 
     def __enter__(self) -> FakeLLM:
         return self
@@ -86,6 +90,47 @@ def test_stdout_holds_rows_and_nothing_else(
     assert code == 0
     assert sorted(rows_of(said.out.decode())) == ["a", "b"]
     assert b"2 rows answered; 64 tokens generated in 2.0 s, 7.5 tok/s" in said.err
+
+
+def test_what_was_predicted_and_what_went_wrong_is_said_at_the_end(
+    source: Path, fake_llm: FakeLLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {
+        "generation_tok_s": 7.5,
+        "seconds": {"load": 0.5, "prefill": 1.0, "decode": 3.0},
+        "busy_seconds": {"compute": 1.0},
+        "wait_seconds": {"compute": 3.0},
+    }
+    fake_llm.report |= {
+        "comparison": {"predicted": figures, "measured": figures},
+        "warnings": ["computing waited"],
+    }
+
+    flexport_run("-i", source)
+
+    err = capsys.readouterr().err
+    assert "waiting for copies" in err
+    assert "3.0 s  75 %" in err
+    assert "flexport: computing waited\n" in err
+
+
+def test_the_engine_is_told_how_many_rows_are_left(
+    source: Path, tmp_path: Path, fake_llm: FakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, told = tmp_path / "out.jsonl", []
+
+    def generate(
+        requests: Iterable[Request], *, num_rows: int | None = None
+    ) -> Iterator[Completion]:
+        told.append(num_rows)
+        return FakeEngine().generate(requests)
+
+    monkeypatch.setattr(fake_llm.engine, "generate", generate)
+    flexport_run("-i", source, "-o", output)
+    source.write_text(source.read_text() + '{"id": "c", "prompt": "three"}')
+    flexport_run("-i", source, "-o", output, "--resume")
+
+    assert told == [2, 1]
 
 
 def test_prompts_on_the_command_line_are_rows(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -168,7 +213,9 @@ def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
     source: Path, tmp_path: Path, fake_llm: FakeLLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Interrupted(FakeEngine):
-        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        def generate(
+            self, requests: Iterable[Request], *, num_rows: int | None = None
+        ) -> Iterator[Completion]:
             yield next(super().generate(requests))
             raise KeyboardInterrupt
 
@@ -200,7 +247,9 @@ def test_sampling_options_reach_the_rows(source: Path, fake_llm: FakeLLM, tmp_pa
     seen: list[Request] = []
 
     class Listening(FakeEngine):
-        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        def generate(
+            self, requests: Iterable[Request], *, num_rows: int | None = None
+        ) -> Iterator[Completion]:
             return super().generate(self._heard(requests))
 
         def _heard(self, requests: Iterable[Request]) -> Iterator[Request]:

@@ -132,7 +132,9 @@ def test_a_duplicate_refused_before_its_first_use_was_answered_loses_nothing() -
 
 def test_rows_finished_before_a_run_broke_off_are_written() -> None:
     class Breaking(FakeEngine):
-        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        def generate(
+            self, requests: Iterable[Request], *, num_rows: int | None = None
+        ) -> Iterator[Completion]:
             completions = super().generate(requests)
             yield next(completions)
             raise RunError("the disk is on fire")
@@ -154,7 +156,9 @@ def test_rows_finished_before_a_run_broke_off_are_written() -> None:
 
 def test_an_engine_that_forgets_a_row_is_an_error_that_names_it() -> None:
     class Forgetful(FakeEngine):
-        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        def generate(
+            self, requests: Iterable[Request], *, num_rows: int | None = None
+        ) -> Iterator[Completion]:
             return (one for one in super().generate(requests) if one.request.request_id != "3")
 
     with pytest.raises(RunError, match="1 rows without an answer, the first of them '3'"):
@@ -177,7 +181,9 @@ def test_input_is_read_no_further_than_the_engine_asks() -> None:
             return next(self.lines)
 
     class TwoRows(FakeEngine):
-        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        def generate(
+            self, requests: Iterable[Request], *, num_rows: int | None = None
+        ) -> Iterator[Completion]:
             source = iter(requests)
             return super().generate([next(source), next(source)])
 

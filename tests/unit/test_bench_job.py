@@ -116,6 +116,7 @@ def test_the_middle_run_s_figures_stand_beside_the_median(config):
             "machine": {}, "model": "m", "backend": "b", "dtype": "float32", "policy": {},
             "plan": {"budgets": {}}, "busy_seconds": {}, "wait_seconds": {},
             "moved_bytes": {"disk_to_host": 0, "host_to_disk": 0}, "peak_bytes": {"device": 1},
+            "comparison": {"ratio": tok_s}, "warnings": [],
         }  # fmt: skip
 
     from flexport.models import spec_of
@@ -130,6 +131,7 @@ def test_the_middle_run_s_figures_stand_beside_the_median(config):
 
     assert found["tok_s"] == 4.0
     assert found["seconds"]["decode"] == 4.0
+    assert found["comparison"]["ratio"] == 4.0
     assert found["spread"] == pytest.approx(6 / 4)
 
 

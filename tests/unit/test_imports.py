@@ -50,6 +50,19 @@ def test_a_command_that_computes_nothing_imports_no_torch(arguments):
     assert not loaded & {"torch", "numpy", "transformers", "tokenizers"}
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--model", "facebook/opt-125m", "--load-format", "dummy", "--json"]],
+    ids=["with a tokenizer", "without"],
+)
+def test_a_plan_imports_neither_torch_nor_transformers(arguments):
+    loaded = modules_loaded_by("plan", "--backend", "cpu", *arguments)
+
+    assert "flexport.cli.plan" in loaded
+    assert ("tokenizers" in loaded) == (not arguments)
+    assert not loaded & {"torch", "transformers"}
+
+
 def test_help_imports_no_subcommand():
     loaded = modules_loaded_by("--help")
 

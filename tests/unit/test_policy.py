@@ -48,6 +48,15 @@ def test_a_policy_comes_back_from_its_file_unchanged(tmp_path_factory, policy):
     assert Policy.from_file(path) == policy
 
 
+@pytest.mark.parametrize("beside", [{}, {"predicted": {"generation_tok_s": 2.5}, "model": "x"}])
+def test_a_plan_or_report_in_a_file_has_its_policy_under_that_name(tmp_path, beside):
+    policy = Policy(cache=Split(device=0.25, host=0.5, disk=0.25), batch_size=3)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"policy": policy.to_dict(), **beside}), encoding="utf-8")
+
+    assert Policy.from_file(path) == policy
+
+
 @given(splits())
 def test_a_share_has_the_name_of_its_tier(split):
     assert tuple(split.share(tier) for tier in Tier) == split.shares()
@@ -136,6 +145,8 @@ def test_impossible_percent_says_which_kind_is_wrong(percent, said):
         ('{"weights": {"gpu": 1.0}}', "'weights'.*gpu"),
         ('{"weights": 1.0}', "'weights'"),
         ('{"weights": {"device": NaN}}', "add up to 1"),
+        ('{"policy": 1}', "must be an object"),
+        ('{"policy": {"batchsize": 4}, "plan": {}}', r"unknown policy fields \['batchsize'\]"),
     ],
 )
 def test_a_file_that_is_no_policy_is_refused_by_name(tmp_path, text, said):

@@ -13,7 +13,14 @@ import pytest
 
 from flexport.cli import backends as command
 from flexport.errors import BackendUnavailable
-from flexport.registry import Listing, auto_order, backends, describe_backend, open_backend
+from flexport.registry import (
+    Listing,
+    auto_order,
+    backends,
+    describe_backend,
+    open_backend,
+    which_backend,
+)
 
 Install = Callable[..., None]
 
@@ -139,7 +146,7 @@ def test_auto_opens_the_highest_rank(install: Install) -> None:
 
     name, backend = open_backend()
 
-    assert name == "toaster"
+    assert name == which_backend() == "toaster"
     assert type(backend).__name__ == "Fake"
 
 
@@ -182,7 +189,7 @@ def test_the_environment_names_what_auto_stands_for(
     install("toaster", good(rank=1))
     monkeypatch.setenv("FLEXPORT_BACKEND", "toaster")
 
-    assert open_backend("auto")[0] == "toaster"
+    assert open_backend("auto")[0] == which_backend("auto") == "toaster"
 
 
 def test_a_name_from_the_environment_is_blamed_on_it(

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from flexport.errors import CheckpointError, RowError
-from flexport.tokenizer import Tokenizer, open_tokenizer
+from flexport.tokenizer import TokenCounter, Tokenizer, open_tokenizer
 
 SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2}
 TEMPLATE = (
@@ -134,3 +134,41 @@ def test_threads_may_share_a_tokenizer(tmp_path):
         back = list(pool.map(lambda text: tokenizer.decode(tokenizer.encode(text)), texts))
 
     assert back == texts
+
+
+@pytest.mark.parametrize("directory", [opt_directory, chat_directory])
+@pytest.mark.parametrize("text", ["hello", "hehehe " * 20, "naïve 雪 🙂"])
+def test_what_only_counts_tokens_counts_as_many(tmp_path, directory, text):
+    folder = directory(tmp_path)
+
+    counter = TokenCounter(folder)
+
+    assert counter.has_vocabulary
+    # Of OPT's files, the library alone doesn't know that each prompt begins with one more.
+    assert len(opened(folder).encode(text)) - len(counter.encode(text)) in (0, 1)
+
+
+def test_a_conversation_is_counted_with_room_for_its_template(tmp_path):
+    folder = chat_directory(tmp_path)
+    messages = [{"role": "user", "content": "he" * 30}, {"role": "assistant", "content": "he"}]
+
+    counted = len(TokenCounter(folder).apply_chat_template(messages))
+
+    assert 31 < counted < 31 + 10 * len(messages) + 10
+
+
+def test_without_a_vocabulary_four_bytes_are_a_token(tmp_path):
+    counter = TokenCounter(tmp_path)
+
+    assert not counter.has_vocabulary
+    assert [len(counter.encode(text)) for text in ("", "abc", "abcd", "雪雪")] == [0, 1, 1, 2]
+
+
+def test_a_vocabulary_that_can_not_be_read_is_an_error_that_names_the_directory(tmp_path):
+    folder = chat_directory(tmp_path)
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model"')
+
+    with pytest.raises(CheckpointError, match="can't read the tokenizer") as refusal:
+        TokenCounter(folder)
+
+    assert str(folder) in str(refusal.value)

@@ -1,0 +1,209 @@
+"""Plans of one model: by what a device says of itself, and by what its machine can do.
+
+Neither need be there. A run plans for the device that it has opened; `flexport plan` for one that
+nobody opens, or for a machine of which there is only a file. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from flexport.backend import Capabilities
+from flexport.codecs.compressed import Compressed, compressed
+from flexport.engine.compression import weights_summary
+from flexport.engine.limits import dtype_for
+from flexport.engine.machines import Numbers
+from flexport.engine.model_work import model_work
+from flexport.engine.plan import Plan, cache_bits, model_sizes
+from flexport.engine.source import Source
+from flexport.errors import PolicyError, UsageError
+from flexport.planner.auto import Choice, check, choose
+from flexport.planner.costs import Costs
+from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint, page_tokens_for
+from flexport.planner.machine import Machine
+from flexport.planner.predict import Prediction, predict
+from flexport.policy import Budgets, Policy
+from flexport.records import Request
+from flexport.units import VALUE_BYTES
+
+__all__ = ["KnownSizes", "Planning", "facts_of", "job_of"]
+
+KnownSizes = dict[tuple[str, str, bool], ModelSizes]
+"""By dtype computed in, how weights are compressed, and whether they are ever decoded: half a
+second's work where there are 50,000 experts."""
+
+ALWAYS_DIRECT = 1 << 30
+"""Tokens of a sweep, more than there are: weights that are multiplied with packed up to so many are
+never decoded."""
+
+
+def job_of(rows: Sequence[Request], num_rows: int | None) -> JobSizes:
+    """The lengths of a job that begins with these rows, or of which they were picked.
+
+    `num_rows` is how many there are in all, as far as that is known.
+    """
+    prompts = [len(request.token_ids) for request in rows]
+    new = [request.sampling.max_tokens for request in rows]
+    return JobSizes(
+        prompt_tokens=max(prompts),
+        new_tokens=max(new),
+        num_rows=num_rows,
+        mean_prompt_tokens=sum(prompts) / len(rows),
+        mean_new_tokens=sum(new) / len(rows),
+    )
+
+
+def facts_of(machine: Machine) -> Capabilities:
+    """What the device of a machine would say of itself."""
+    return Capabilities(
+        name=machine.name,
+        memory_bytes=machine.device_bytes,
+        unified=machine.unified,
+        dtypes=machine.dtypes,
+        dtype_reason=f"what comes first for {machine.name}",
+        page_tokens=machine.page_tokens,
+        addressable=machine.addressable,
+    )
+
+
+class Planning:
+    """Makes plans, one for each job."""
+
+    def __init__(
+        self,
+        source: Source,
+        facts: Capabilities,
+        machine: Machine,
+        *,
+        numbers: Numbers,
+        backend: str,
+        dtype: str = "auto",
+        decodes: Callable[[Compressed], bool] | None = None,
+        sizes: KnownSizes | None = None,
+    ) -> None:
+        """`facts` decide what fits and what may be asked for, `machine` how long it takes.
+
+        `numbers` says whose the machine's are.
+        `decodes` says whether weights that are packed so are ever decoded; without it the machine
+        does. `sizes` is what other plans of the model have found out. Raises UsageError for a
+        `dtype` that the device doesn't compute in.
+        """
+        self.machine = machine
+        self._numbers = numbers
+        self.dtype, self._dtype_reason = dtype_for(dtype, facts, source.file_dtype)
+        self._source = source
+        self._facts = facts
+        self._backend = backend
+        self._decodes = decodes or self._is_decoded
+        self._sizes_in: KnownSizes = {} if sizes is None else sizes
+
+    def plan(
+        self,
+        job: JobSizes,
+        budgets: Budgets,
+        policy: Policy | None = None,
+        choice: Choice | None = None,
+    ) -> Plan:
+        """The plan of `policy`, or else of the best that keeps to `choice`.
+
+        Raises DoesNotFit with the budgets that would do, PolicyError for a policy that this device
+        or model can't have.
+        """
+        choice = choice or Choice()
+        preferred, unified = self._facts.page_tokens, self._facts.unified
+        policy = policy or choose(
+            self._sizes(choice.compress_weights),
+            job,
+            budgets,
+            page_tokens=preferred,
+            unified=unified,
+            addressable=self._facts.addressable,
+            fixed=choice,
+        )
+        if unified and (policy.cpu_attention or policy.cpu_projections):
+            raise PolicyError(
+                f"--cpu-attention on (a policy's cpu_attention, cpu_projections) is for a device with "
+                f"memory of its own; that of {self._facts.name} is the host's, and all is computed "
+                "where it lies: leave it out"
+            )
+        needs = self.footprint(job, policy)
+        check(needs, policy, budgets)
+        return Plan(
+            model=self._source.name,
+            backend=self._backend,
+            dtype=self.dtype,
+            dtype_reason=self._dtype_reason,
+            policy=policy,
+            job=job,
+            needs=needs,
+            predicted=self.predict(job, policy),
+            machine=self.machine,
+            numbers=self._numbers,
+            budgets=budgets,
+            page_tokens=page_tokens_for(policy, preferred),
+            stream_bytes=round(
+                policy.weights.disk * self._sizes(policy.compress_weights).stream_bytes
+            ),
+            compression={
+                "weights": self._weights_summary(policy.compress_weights),
+                "cache": {
+                    "codec": policy.compress_cache,
+                    "bits": cache_bits(
+                        self._source.spec, policy.compress_cache, VALUE_BYTES[self.dtype]
+                    ),
+                },
+            },
+        )
+
+    def predict(self, job: JobSizes, policy: Policy) -> Prediction:
+        """How long the job takes on the machine."""
+        codec, packings = policy.compress_weights, self._source.packings
+        published = packings[0].name if packings else None
+        work = model_work(self._source.spec, codec, published)
+        return predict(Costs(self._sizes(codec), work, job, policy, self.machine, self.dtype))
+
+    def footprint(self, job: JobSizes, policy: Policy) -> Footprint:
+        """What the job takes of each tier."""
+        facts = self._facts
+        return footprint(
+            self._sizes(policy.compress_weights),
+            job,
+            policy,
+            facts.page_tokens,
+            facts.unified,
+            facts.addressable,
+        )
+
+    def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Raise UsageError for a row that the model has no positions for."""
+        # The last token that is sampled is never computed, and needs no position.
+        most = self._source.spec.max_positions
+        if prompt_tokens + new_tokens - 1 > most:
+            raise UsageError(
+                f"a row of {prompt_tokens} prompt tokens and {new_tokens} new ones is longer than "
+                f"the {most} positions of {self._source.name}"
+            )
+
+    def _weights_summary(self, codec: str) -> dict[str, object]:
+        packings = self._source.packings
+        if codec != "none" and packings:
+            raise PolicyError(
+                f"--compress-weights {codec}: the weights of {self._source.name} are packed already, "
+                f"as {packings[0].name}, and run as they are; leave --compress-weights out"
+            )
+        return weights_summary(self._source.spec, codec)
+
+    def _sizes(self, codec: str) -> ModelSizes:
+        dtype, form = self.dtype, compressed(codec)
+        decodes = form is not None and self._decodes(form)
+        key = (dtype, codec, decodes)
+        if key not in self._sizes_in:
+            self._sizes_in[key] = model_sizes(
+                self._source.spec,
+                lambda tensor: self._source.size(tensor, dtype, form, decodes=decodes),
+                VALUE_BYTES[dtype],
+            )
+        return self._sizes_in[key]
+
+    def _is_decoded(self, form: Compressed) -> bool:
+        return self.machine.device.direct_rows.get(form.matrix_form, 0) < ALWAYS_DIRECT
