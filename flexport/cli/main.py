@@ -34,6 +34,10 @@ COMMANDS = {
         "run a file of prompts through a model; with no options, the embedded demo",
     ),
     "bench": ("flexport.cli.bench", "measure generation throughput on synthetic prompts"),
+    "profile": (
+        "flexport.cli.profile",
+        "measure this machine (disk, links, kernels) for a minute, and keep what was found",
+    ),
     "quality": (
         "flexport.cli.quality",
         "measure what packing weights and KV cache does to a model's answers, on any text",
