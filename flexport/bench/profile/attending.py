@@ -6,6 +6,7 @@ E features of a head, B bytes.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 
 from flexport.backend import AttentionSpec, Backend
-from flexport.bench.profile.timing import Effort, seconds_of
+from flexport.bench.profile.timing import Effort, Timed, seconds_of, seconds_of_each
 from flexport.bench.spread import Spread
 from flexport.engine.packed_pages import pack, unpack
 from flexport.engine.pages import PageShape
 from flexport.models.spec import Attention
-from flexport.planner.columns import GROUP_TOKENS, PROMPT_PAGE_TOKENS
+from flexport.planner.columns import GROUP_TOKENS, PROMPT_PAGE_TOKENS, page_widths
 from flexport.torch_ops import torch_dtype
 
 __all__ = ["QUERIES", "Reading", "packed_cache_rates", "prompt_rate", "reading_rates"]
@@ -32,7 +33,9 @@ HEAD_DIM, KV_HEADS = 128, 8
 
 PROMPT_TOKENS, PROMPT_ROWS = 512, 4
 
-CACHE_ROWS, CACHE_COLUMNS = 16, 512
+CACHE_ROWS, FEW_ROWS, CACHE_COLUMNS = 16, 2, 512
+
+MOST_CACHES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,37 +71,37 @@ def prompt_rate(backend: Backend, dtype: str, effort: Effort) -> Spread:
 
 
 def reading_rates(backend: Backend, dtype: str, effort: Effort) -> Reading:
-    """Decode steps over a cache that no processor's cache holds, in wide pages and in narrow ones.
+    """Decode steps of many rows over pages as a run has them, which no processor's cache holds.
 
-    What narrow pages take longer is the pages' own cost.
+    What a page costs beside its bytes is seen where there is little of them: with few rows, narrow
+    pages take longer than wide ones by that, and no more.
     """
     facts = backend.capabilities
-    narrow = min(facts.page_tokens, GROUP_TOKENS)
     shape = _page_shape(dtype, by_feature=facts.keys_by_feature)
-    num_rows = max(1, min(CACHE_ROWS, effort.pool_bytes // (2 * _cache_bytes(shape, 1))))
-    num_bytes = _cache_bytes(shape, num_rows)
-    of_width: dict[int, dict[int, Spread]] = {}
-    for width in (PROMPT_PAGE_TOKENS, narrow):
-        caches = [
-            _pages(backend, shape, num_rows, width)
-            for _ in range(max(2, effort.pool_bytes // num_bytes))
-        ]
-        of_width[width] = {
-            queries: _step_seconds(backend, caches, queries, dtype, effort) for queries in QUERIES
-        }
-        del caches
-    wide, thin = (CACHE_COLUMNS // width for width in of_width)
-    more_s = [
-        of_width[narrow][each].median - of_width[PROMPT_PAGE_TOKENS][each].median
-        for each in QUERIES
-    ]
-    page_s = max(0.0, sorted(more_s)[len(more_s) // 2] / (thin - wide))
+    row_bytes = shape.page_bytes(1, CACHE_COLUMNS)
+    most_rows = max(1, effort.pool_bytes // (2 * row_bytes))
+    few, many = min(FEW_ROWS, most_rows), min(CACHE_ROWS, most_rows)
+
+    def seconds(num_rows: int, widths: Sequence[int]) -> dict[int, Spread]:
+        count = max(2, effort.pool_bytes // (num_rows * row_bytes))
+        caches = [_pages(backend, shape, num_rows, widths) for _ in range(min(count, MOST_CACHES))]
+        steps = [_step(backend, caches, queries, dtype, effort) for queries in QUERIES]
+        return dict(zip(QUERIES, seconds_of_each(steps, effort.rounds), strict=True))
+
+    wide = [PROMPT_PAGE_TOKENS] * (CACHE_COLUMNS // PROMPT_PAGE_TOKENS)
+    narrow = [GROUP_TOKENS] * (CACHE_COLUMNS // GROUP_TOKENS)
+    in_wide, in_narrow = seconds(few, wide), seconds(few, narrow)
+    more_s = statistics.median(in_narrow[each].median - in_wide[each].median for each in QUERIES)
+    page_s = max(0.0, more_s / (len(narrow) - len(wide)))
+    half = CACHE_COLUMNS // 2
+    of_prompt, of_decoded = page_widths(half, half, facts.page_tokens)
+    widths = [*of_prompt, *of_decoded]
     rates, spread = {}, 0.0
-    for queries, seconds in of_width[PROMPT_PAGE_TOKENS].items():
+    for queries, of_step in seconds(many, widths).items():
         # Where pages cost nearly all there is, what is left would be noise.
-        reading_s = max(seconds.median - wide * page_s, seconds.median / 2)
-        rates[queries] = num_bytes / reading_s
-        spread = max(spread, seconds.spread)
+        reading_s = max(of_step.median - len(widths) * page_s, of_step.median / 2)
+        rates[queries] = many * row_bytes / reading_s
+        spread = max(spread, of_step.spread)
     return Reading(bytes_per_s=rates, page_s=page_s, spread=spread)
 
 
@@ -135,13 +138,13 @@ def packed_cache_rates(
     return both[0], both[1]
 
 
-def _step_seconds(
+def _step(
     backend: Backend,
     caches: Sequence[tuple[list[Tensor], list[Tensor]]],
     queries: int,
     dtype: str,
     effort: Effort,
-) -> Spread:
+) -> Timed:
     num_rows = caches[0][0][0].shape[0]
     q_NHLE = backend.allocate(
         (num_rows, KV_HEADS * queries, 1, HEAD_DIM), torch_dtype(dtype)
@@ -153,7 +156,7 @@ def _step_seconds(
         keys, values = next(turn)
         backend.attention(q_NHLE, keys, values, spec)
 
-    return seconds_of(backend, act, effort.kernel_s, effort.rounds)
+    return Timed(backend, act, effort.kernel_s / effort.rounds)
 
 
 def _page_shape(dtype: str, *, by_feature: bool, codec: str = "none") -> PageShape:
@@ -163,20 +166,12 @@ def _page_shape(dtype: str, *, by_feature: bool, codec: str = "none") -> PageSha
     return PageShape.of(attention, by_feature, torch_dtype(dtype), codec)
 
 
-def _cache_bytes(shape: PageShape, num_rows: int) -> int:
-    return shape.page_bytes(num_rows, PROMPT_PAGE_TOKENS) * CACHE_COLUMNS // PROMPT_PAGE_TOKENS
-
-
 def _pages(
-    backend: Backend, shape: PageShape, num_rows: int, width: int
+    backend: Backend, shape: PageShape, num_rows: int, widths: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of CACHE_COLUMNS columns."""
-    keys, values = [], []
-    for _ in range(CACHE_COLUMNS // width):
-        k_NKGE, v_NKGE = _page(backend, shape, num_rows, width)
-        keys.append(k_NKGE)
-        values.append(v_NKGE)
-    return keys, values
+    """Keys and values of pages of these widths."""
+    pages = [_page(backend, shape, num_rows, width) for width in widths]
+    return [keys for keys, _ in pages], [values for _, values in pages]
 
 
 def _page(backend: Backend, shape: PageShape, num_rows: int, width: int) -> tuple[Tensor, Tensor]:

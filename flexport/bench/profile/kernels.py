@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexport.backend import Backend, MultipliesPacked, PacksWeights
-from flexport.bench.profile.timing import Effort, seconds_of
+from flexport.bench.profile.timing import Effort, Timed, seconds_of, seconds_of_each
 from flexport.bench.spread import Spread
 from flexport.codecs.compressed import Compressed, compressed
 from flexport.engine.sample import RowSampling, sample
@@ -119,7 +119,7 @@ def decode_rate(backend: Backend, codec: str, dtype: str, effort: Effort) -> Spr
     parts = _random_parts(backend, form, shape)
     count = _count(effort, math.prod(shape) * item.itemsize)
     copies = cycle([[part.clone() for part in parts] for _ in range(count)])
-    places = cycle([backend.allocate(shape, item) for _ in range(count)])
+    places = cycle([backend.allocate(shape, item).zero_() for _ in range(count)])
     with torch.inference_mode():
         return _rate(
             math.prod(shape),
@@ -186,7 +186,7 @@ def _curve(
     effort: Effort,
 ) -> tuple[Curve, float]:
     """Rates against rows, and the widest spread of one."""
-    seconds = []
+    timed: list[Timed] = []
     for num_rows in rows:
         x_TD = backend.allocate((num_rows, shape[1]), dtype).normal_()
         turn = cycle(weights)
@@ -194,9 +194,10 @@ def _curve(
         def act(x_TD: Tensor = x_TD, turn: Iterator[Weight] = turn) -> None:
             multiply(x_TD, next(turn))
 
-        seconds.append(seconds_of(backend, act, effort.kernel_s, effort.rounds))
-        if min(seconds[-1].values) > effort.kernel_s:
+        timed.append(Timed(backend, act, effort.kernel_s / effort.rounds))
+        if timed[-1].about_s > effort.kernel_s:
             break  # at so many rows the rate stays, and the next would take four times as long
+    seconds = seconds_of_each(timed, effort.rounds)
     rows = rows[: len(seconds)]
     flops = [2 * num_rows * math.prod(shape) for num_rows in rows]
     curve = Curve(

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from flexport.backend import Backend
@@ -34,6 +35,9 @@ from flexport.registry import CPU, open_backend
 
 __all__ = ["measure_machine"]
 
+QUIET_SHARE = 0.1
+"""Of the cores: what others may take without anything being said of it."""
+
 
 Say = Callable[[str], None]
 
@@ -50,7 +54,7 @@ def measure_machine(
     `name` may have the number of a device ("NAME:1"). Takes about a minute for each of the device and the CPU beside it, if it has memory of its own.
     Its files are gone in the end. Raises StorageError, DiskFull and OutOfMemory.
     """
-    effort = effort or Effort()
+    effort, others = effort or Effort(), _Others()
     facts = backend.capabilities
     directory.mkdir(parents=True, exist_ok=True)
     budgets = default_budgets(facts, (None, None, None), directory)
@@ -82,6 +86,12 @@ def measure_machine(
             crossing = crossing_cost(backend, cpu, facts.dtypes[0], directory, effort)
         crossing_s, told["crossing_s"] = crossing.median, _told(crossing.spread)
     identity = identity_of(name, directory, facts)
+    share = others.share()
+    told[""] = f"measured: while others took {100 * share:.0f} % of the cores"
+    if share > QUIET_SHARE:
+        say(
+            f"others took {100 * share:.0f} % of the cores meanwhile: measure again when it is quiet"
+        )
     return Machine(
         name=facts.name,
         about=f"{facts.name} of a machine with {identity['cores']} cores; disk {identity['disk']}",
@@ -177,6 +187,30 @@ def _computer(
         piece_s=max(0.0, visits.piece_s - TINY_PAGES * steps.page_s),
         page_s=steps.page_s,
     )
+
+
+class _Others:
+    """What other programs do to the cores from when it is made."""
+
+    def __init__(self) -> None:
+        self._started = self._now()
+
+    def share(self) -> float:
+        """Of all cores' time since then, what went to others."""
+        all_s, busy_s, own_s = (
+            now - then for now, then in zip(self._now(), self._started, strict=True)
+        )
+        return min(1.0, max(0.0, (busy_s - own_s) / all_s)) if all_s > 0 else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds of all cores, those in which they were busy, and this process's."""
+        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle_s = times.idle + getattr(times, "iowait", 0.0)
+        # A virtual machine's guests and its user time are the same seconds.
+        twice_s = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        all_s = sum(times) - twice_s
+        return all_s, all_s - idle_s, own.user + own.system
 
 
 def _medians(found: Mapping[str, Spread]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from flexport.backend import Backend
 from flexport.bench.spread import Spread
 from flexport.planner.machine import Lane
 
-__all__ = ["Effort", "Line", "fit_lane", "fit_line", "seconds_of"]
+__all__ = ["Effort", "Line", "Timed", "fit_lane", "fit_line", "seconds_of", "seconds_of_each"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,24 +36,41 @@ class Effort:
         return self.memory_bytes // 4
 
 
+class Timed:
+    """Something that is timed again and again, often enough in each round to be told."""
+
+    def __init__(self, backend: Backend, act: Callable[[], object], round_s: float) -> None:
+        """A round takes about `round_s`, or as long as doing it once."""
+        self._backend = backend
+        self._act = act
+        self._round(1)  # the first call may choose kernels, and touches memory for the first time
+        self.about_s = min(self._round(1), self._round(1))
+        """What once takes, roughly."""
+        self._count = max(1, int(round_s / max(self.about_s, 1e-9)))
+
+    def round(self) -> float:
+        """Seconds of once, which end when the device has done all of it."""
+        return self._round(self._count)
+
+    def _round(self, count: int) -> float:
+        started_s = time.perf_counter()
+        for _ in range(count):
+            self._act()
+        self._backend.sync()
+        return (time.perf_counter() - started_s) / count
+
+
+def seconds_of_each(timed: Sequence[Timed], rounds: int) -> list[Spread]:
+    """How long each takes: they go in turn, so that what disturbs for a while falls on all a little."""
+    found = [[each.round() for each in timed] for _ in range(rounds)]
+    return [Spread.of(values) for values in zip(*found, strict=True)]
+
+
 def seconds_of(
     backend: Backend, act: Callable[[], object], seconds: float, rounds: int = 5
 ) -> Spread:
-    """How long `act` takes, of so many rounds that together take about `seconds`.
-
-    A round ends when the device has done all of it.
-    """
-
-    def once(count: int) -> float:
-        started_s = time.perf_counter()
-        for _ in range(count):
-            act()
-        backend.sync()
-        return (time.perf_counter() - started_s) / count
-
-    once(1)  # the first call may choose kernels, and touches memory for the first time
-    count = max(1, int(seconds / rounds / max(once(1), 1e-9)))
-    return Spread.of([once(count) for _ in range(rounds)])
+    """How long `act` takes, of so many rounds that together take about `seconds`."""
+    return seconds_of_each([Timed(backend, act, seconds / rounds)], rounds)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

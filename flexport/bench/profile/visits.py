@@ -22,7 +22,7 @@ from torch import Tensor
 
 import flexport
 from flexport.backend import Backend
-from flexport.bench.profile.timing import Effort, fit_line, seconds_of
+from flexport.bench.profile.timing import Effort, Timed, fit_line, seconds_of_each
 from flexport.bench.spread import Spread
 from flexport.engine.turns import VisitTurns
 from flexport.models import spec_of
@@ -116,54 +116,51 @@ def touch_rate(backend: Backend, dtype: str, effort: Effort) -> Spread:
     values = touched_values(spec, 1)
     # The MLP's two products, what becomes of them, and a norm in float32 are the most at once.
     fits = effort.pool_bytes // (item.itemsize * 2 * values)
-    tokens = [each for each in TOUCH_TOKENS if each <= fits] or [1]
+    tokens = [each for each in TOUCH_TOKENS if each <= fits]
     if len(tokens) < 2:
-        tokens = [1, *tokens] if tokens != [1] else [1, 2]
-    points: list[tuple[float, float]] = []
-    rounds: list[tuple[float, ...]] = []
-    for num_tokens in tokens:
-        seconds = _layer_seconds(backend, spec, num_tokens, item, effort)
-        points.append((float(num_tokens), seconds.median))
-        rounds.append(seconds.values)
+        tokens = [1, 2]
+    with torch.inference_mode():
+        layers = [_layer(backend, spec, each, item, effort) for each in tokens]
+        seconds = seconds_of_each(layers, effort.rounds)
+    points = [(float(each), of.median) for each, of in zip(tokens, seconds, strict=True)]
     line = fit_line(points)
     found = values / line.slope if line.slope else values * tokens[-1] / points[-1][1]
     # The noise is that of the largest: it has most of what is looked for.
-    return Spread.of([found * points[-1][1] / each_s for each_s in rounds[-1]])
+    return Spread.of([found * points[-1][1] / each_s for each_s in seconds[-1].values])
 
 
-def _layer_seconds(
+def _layer(
     backend: Backend, spec: ModelSpec, num_tokens: int, dtype: torch.dtype, effort: Effort
-) -> Spread:
+) -> Timed:
+    """A layer whose products and attention are there."""
     layer = spec.layers[0]
     attention = layer.attention
     assert isinstance(attention, Attention), attention
     weights = _There(backend, spec, num_tokens, dtype)
     positions = range(num_tokens)
-    with torch.inference_mode():
-        turns = VisitTurns(backend, dtype, positions, positions, positions)
-        attended = backend.allocate((num_tokens, attention.out_size), dtype).fill_(0.0)
-        o_THE = attended.view(num_tokens, attention.num_heads, attention.head_dim)
-        plane = (1, attention.num_kv_heads, num_tokens, attention.head_dim)
-        pages = [backend.allocate(plane, dtype) for _ in range(2)]
-        x_TD = backend.allocate((num_tokens, spec.hidden_size), dtype).fill_(1.0)
+    turns = VisitTurns(backend, dtype, positions, positions, positions)
+    attended = backend.allocate((num_tokens, attention.out_size), dtype).fill_(0.0)
+    o_THE = attended.view(num_tokens, attention.num_heads, attention.head_dim)
+    plane = (1, attention.num_kv_heads, num_tokens, attention.head_dim)
+    pages = [backend.allocate(plane, dtype) for _ in range(2)]
+    x_TD = backend.allocate((num_tokens, spec.hidden_size), dtype).fill_(1.0)
 
-        def attend(
-            q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor | None, sinks_H: Tensor | None
-        ) -> Tensor:
-            """Keys and values go to their pages, and what comes out to its place, as they do."""
-            assert sinks_H is None, "a plain layer has no sinks"
-            for page_1KGE, new_TKE in zip(pages, (k_TKE, v_TKE), strict=True):
-                assert new_TKE is not None, "keys are no values here"
-                page_1KGE[0] = new_TKE.transpose(0, 1)
-            out_THE = torch.empty_like(q_THE)
-            return out_THE.copy_(o_THE)
+    def attend(
+        q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor | None, sinks_H: Tensor | None
+    ) -> Tensor:
+        """Keys and values go to their pages, and what comes out to its place, as they do."""
+        assert sinks_H is None, "a plain layer has no sinks"
+        for page_1KGE, new_TKE in zip(pages, (k_TKE, v_TKE), strict=True):
+            assert new_TKE is not None, "keys are no values here"
+            page_1KGE[0] = new_TKE.transpose(0, 1)
+        out_THE = torch.empty_like(q_THE)
+        return out_THE.copy_(o_THE)
 
-        return seconds_of(
-            backend,
-            lambda: decoder_layer(spec, layer, weights, x_TD, attend, turns),
-            effort.kernel_s,
-            effort.rounds,
-        )
+    return Timed(
+        backend,
+        lambda: decoder_layer(spec, layer, weights, x_TD, attend, turns),
+        effort.kernel_s / effort.rounds,
+    )
 
 
 def visit_costs(backend: Backend, dtype: str, directory: Path, effort: Effort) -> Visits:
@@ -212,7 +209,7 @@ def _step_seconds(
         offload_dir=directory,
     ) as llm:
         found = []
-        for number in range(1 + ROUNDS):
+        for number in range(1 + min(ROUNDS, effort.rounds)):
             llm.generate([[5] * 4] * pieces, sampling)
             if number:  # the first job loads
                 found.append(llm.report["seconds"]["decode"] / effort.decode_steps)
