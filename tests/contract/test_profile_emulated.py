@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.utils import backend_registration
 
+from flexport.bench.profile import visits
 from flexport.bench.profile.kernels import products
 from flexport.bench.profile.lanes import link_lanes
 from flexport.bench.profile.measure import measure_machine
@@ -61,7 +62,11 @@ def test_products_are_found_with_their_rate(emulated):
     assert max(found.resident.flops_per_s) == pytest.approx(1e9, rel=0.25)
 
 
-def test_a_device_with_memory_of_its_own_has_links_and_a_cpu_beside_it(emulated, tmp_path):
+def test_a_device_with_memory_of_its_own_has_links_and_a_cpu_beside_it(
+    emulated, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(visits, "DEPTHS", (1, 2))
+    monkeypatch.setattr(visits, "MANY_PIECES", 2)
     backend = emulated(link_bytes_per_s=1e9)
 
     machine = measure_machine("emulated", backend, tmp_path, HASTE)
