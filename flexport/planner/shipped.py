@@ -54,7 +54,7 @@ def like(backend: str, facts: Capabilities) -> Machine:
 
     def nearness(machine: Machine) -> tuple[int, bool, float]:
         device = machine.identity.get("device", "")
-        # As words: a T400 is no T4.
+        # As a word: an M10 is no M1.
         named = bool(device) and re.search(rf"\b{re.escape(device)}\b", facts.name, re.IGNORECASE)
         fastest = max(machine.device.products[machine.dtypes[0]].flops_per_s)
         return len(device) if named else 0, machine.backend == backend, -fastest

@@ -63,7 +63,7 @@ def test_a_name_that_there_is_not_is_refused_with_those_that_there_are():
         ("cuda", "Tesla T4", "t4"),
         ("cuda", "NVIDIA GeForce RTX 3090", "rtx3090"),
         ("cuda", "NVIDIA H100 80GB HBM3", "h100"),
-        ("cuda", "NVIDIA T400 4GB", "t4"),
+        ("cuda", "NVIDIA H1000 8GB", "t4"),
         ("cuda", "NVIDIA A100-SXM4-80GB", "t4"),
         ("stranger", "a card", "t4"),
     ],
