@@ -19,7 +19,8 @@ from flexport import demo
 from flexport.apps.batch import Generator, Progress
 from flexport.apps.demo import mark
 from flexport.errors import RunError, UsageError
-from flexport.models.spec import ModelSpec, num_parameters
+from flexport.models.spec import ModelSpec
+from flexport.models.tensors import num_parameters
 from flexport.policy import CACHE_CODECS, WEIGHT_CODECS
 from flexport.tokenizer import Tokenizer
 from flexport.units import VALUE_BYTES

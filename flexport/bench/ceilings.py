@@ -32,7 +32,8 @@ import torch
 
 from flexport.backend import Backend, PacksWeights
 from flexport.bench.spread import Spread
-from flexport.models.spec import ModelSpec, layer_tensors, num_parameters
+from flexport.models.spec import ModelSpec
+from flexport.models.tensors import layer_tensors, num_parameters
 from flexport.policy import Budgets
 from flexport.registry import open_backend
 from flexport.store.store import FileRun, Lease, Store

@@ -13,7 +13,7 @@ from typing import Any
 from flexport.checkpoint.dummy import DummyKind, write_dummy
 from flexport.errors import UsageError
 from flexport.models import known_config, spec_of
-from flexport.models.spec import TensorSpec, owned_tensors
+from flexport.models.tensors import TensorSpec, owned_tensors
 
 __all__ = ["SHAPES", "WEIGHTS_NAME", "shapes_of", "shared_checkpoint"]
 

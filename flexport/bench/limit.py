@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flexport.bench.workload import Workload
-from flexport.models.spec import ModelSpec, attention_flops, layer_flops
+from flexport.models.spec import ModelSpec
+from flexport.models.tensors import attention_flops, layer_flops
 
 __all__ = ["Limit", "limit_of", "work_flops"]
 

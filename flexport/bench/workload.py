@@ -24,11 +24,6 @@ class Workload:
     seed: int = 0
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return self.num_prompts * self.prompt_len
-
-    @property
     def num_new_tokens(self) -> int:
         """Tokens that all rows together generate."""
         return self.num_prompts * self.gen_len

@@ -54,7 +54,7 @@ def hub_digest(path: Path) -> str | None:
 
 
 class Digests:
-    """Digests of files by their paths and stamps, kept in a JSON file.
+    """Digests of files by their paths and stamps, kept in a JSON file, which is made when needed.
 
     Of two processes that remember something at once, one may be forgotten, which costs time only.
     """
@@ -77,6 +77,7 @@ class Digests:
         there = {name: each for name, each in self._known.items() if Path(name).exists()}
         part = self._path.with_name(f"{self._path.name}.part-{os.getpid()}")
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(there, indent=0), encoding="utf-8")
             part.replace(self._path)
         except OSError as error:  # a cache that others fill may be read-only

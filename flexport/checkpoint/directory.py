@@ -6,7 +6,6 @@ checkpoint is found here, before a run starts, and listed in one error.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,23 +48,6 @@ class Checkpoint:
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     tensors: Mapping[str, FileTensor]
-
-    @property
-    def identity(self) -> str:
-        """A digest of config and tensor table: equal for equal models, wherever they lie.
-
-        It does not read the weights, so it can't tell two fine-tunes of one model apart.
-        """
-        table = sorted(
-            (tensor.name, tensor.dtype, *tensor.shape) for tensor in self.tensors.values()
-        )
-        text = json.dumps([dict(self.config), table], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @property
-    def num_bytes(self) -> int:
-        """The sum of its tensors."""
-        return sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:

@@ -5,8 +5,9 @@ are whole. The key is made of the bytes that were packed and of how, so it is fo
 checkpoint was moved or downloaded anew, and two fine-tunes never share one. Nothing of an entry is
 used whose digest is not the manifest's.
 
-Until it is whole, an entry has an `unfinished.json` instead, with the files that are; whoever
-packs holds the lock on the file `lock`, which the system frees when its owner dies.
+Until it is whole, an entry has an `unfinished.json` instead, with the files that are. Whoever packs
+or removes it has the lock on the file `lock` alone; runs that stream from it share that. The system
+frees it when its owner dies.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import IO
 from flexport.checkpoint.digests import Digests, digest_of, stamp_of
 from flexport.checkpoint.writer import new_file
 from flexport.errors import CheckpointError, DiskFull, DoesNotFit, StorageError, UsageError
-from flexport.locks import try_lock
+from flexport.locks import try_lock, try_share
 from flexport.units import format_bytes
 
 __all__ = [
@@ -237,10 +238,45 @@ class Entry:
         if problems:
             raise self._damaged("\n  - ".join(["", *problems]))
 
-    def use(self) -> None:
+    @contextmanager
+    def in_use(self) -> Iterator[Manifest | None]:
+        """While it lasts nobody packs or removes the entry.
+
+        Gives None, and keeps nobody from anything, if it is not whole or somebody is at it now. Raises
+        CheckpointError.
+        """
+        if not (self.directory / _MANIFEST).exists():
+            yield None
+            return
+        with self._shared() as is_shared:
+            yield self.manifest() if is_shared else None
+
+    def note_use(self) -> None:
         """Note that it is streamed from."""
         with suppress(OSError):  # a cache that others fill may be read-only
             os.utime(self.directory / _MANIFEST)
+
+    @contextmanager
+    def _shared(self) -> Iterator[bool]:
+        """Whether we share the lock; or there can be none, where the cache is only read."""
+        fd = self._open_lock()
+        try:
+            yield fd is None or self._shares(fd)
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _shares(self, fd: int) -> bool:
+        try:
+            return try_share(fd) and self._is_own(fd)
+        except OSError:  # its file system knows no locks, and it was packed elsewhere
+            return True
+
+    def _open_lock(self) -> int | None:
+        for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
+            with suppress(OSError):
+                return os.open(self.directory / _LOCK, flags, 0o666)
+        return None
 
     def is_sound(self, name: str, file: PackedFile) -> bool:
         """Whether a file is as it was written."""
@@ -289,7 +325,7 @@ class Entry:
 
     @contextmanager
     def locked(self, wait: Callable[[], None]) -> Iterator[None]:
-        """While it lasts nobody else packs or removes the entry.
+        """While it lasts nobody else packs, removes or uses the entry.
 
         `wait` is called once if somebody does, and it begins when they are done. Raises UsageError
         if the directory can't be used.
@@ -318,13 +354,16 @@ class Entry:
     def _holds(self, fd: int) -> bool:
         """Lock the file without waiting; whether we hold it and it is still the entry's own."""
         try:
-            if not try_lock(fd):
-                return False
+            return try_lock(fd) and self._is_own(fd)
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _is_own(self, fd: int) -> bool:
+        """Whether it is the lock's file still, and not one that was removed."""
+        try:
             return os.path.samestat(os.fstat(fd), (self.directory / _LOCK).stat())
         except FileNotFoundError:
             return False
-        except OSError as error:
-            raise self._unusable(error) from error
 
     def _unusable(self, error: OSError) -> UsageError:
         return UsageError(
@@ -346,11 +385,13 @@ class Entry:
             ) from error
 
     def remove(self) -> None:
-        """Remove the entry. Raises UsageError if somebody packs it, StorageError."""
+        """Remove the entry. Raises UsageError if somebody packs or uses it, StorageError."""
 
         def refuse() -> None:
+            with self._shared() as is_shared:
+                what = "a run streams from it" if is_shared else "another process packs it"
             raise UsageError(
-                f"{self.key} is being packed by another process; wait for it, or stop it"
+                f"{self.key} can't be removed while {what}: wait for that to end, or stop it"
             )
 
         with self.locked(refuse):

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 
 from flexport.registry import Listing, auto_order, backends
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "list the registered backends, each usable or with the reason why not"
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from flexport.bench.ceilings import Ceilings
     from flexport.models.spec import ModelSpec
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "measure generation throughput on synthetic prompts"
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

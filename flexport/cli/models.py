@@ -11,9 +11,7 @@ from flexport.cli.table import columns
 from flexport.models import about, families, known_config, known_names, spec_of, summary
 from flexport.units import format_bytes, format_count
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "list model families and the models known by name, or show one model"
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from flexport.checkpoint.packed import Entry, PackedCache
 from flexport.cli.progress import show_packing
 from flexport.cli.table import columns
 from flexport.codecs.compressed import compressed
-from flexport.engine.packing import known_entry, prepare
+from flexport.engine.packing import known_entry, prepared
 from flexport.engine.source import open_source
 from flexport.engine.to_pack import left_as_they_are, plan_packing
 from flexport.errors import CheckpointError, StorageError, UsageError
@@ -125,12 +125,14 @@ def _pack(args: argparse.Namespace, cache: PackedCache) -> int:
         facts["packed"] = entry is not None and entry.manifest() is not None
     else:
         started_s = time.monotonic()
-        with show_packing() as progress:
-            packed = prepare(source, packing, cache, progress, overwrite=args.overwrite)
+        with (
+            show_packing() as progress,
+            prepared(source, packing, cache, progress, overwrite=args.overwrite) as packed,
+        ):
+            facts["seconds"] = time.monotonic() - started_s
         facts["key"] = packed.entry.key
         facts["directory"] = str(packed.entry.directory)
         facts["packed"] = True
-        facts["seconds"] = time.monotonic() - started_s
         facts["packed_now_bytes"] = packed.packed_bytes
         facts["packing_seconds"] = packed.packing_s
     print(json.dumps(facts, indent=2) if args.json else _as_text(facts))
@@ -217,15 +219,22 @@ def _time(since_epoch_s: float | None) -> str | None:
 
 def _remove(cache: PackedCache, start: str, *, as_json: bool) -> int:
     removed: list[dict[str, Any]] = []
+    refused: list[str] = []
     for entry in cache.entries() if start == "all" else [cache.find(start)]:
         num_bytes = entry.disk_bytes
-        entry.remove()
-        removed.append({"key": entry.key, "bytes": num_bytes})
+        try:
+            entry.remove()
+        except UsageError as error:
+            refused.append(str(error))
+        else:
+            removed.append({"key": entry.key, "bytes": num_bytes})
     if as_json:
         print(json.dumps({"removed": removed}, indent=2))
     else:
         for each in removed:
             print(f"{each['key']}  {format_bytes(each['bytes'])}")
+    if refused:
+        raise UsageError("\n".join(refused))
     return 0
 
 

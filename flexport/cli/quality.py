@@ -32,9 +32,7 @@ from flexport.errors import StorageError, UsageError
 if TYPE_CHECKING:
     from flexport.engine.llm import LLM
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "measure what packing weights and KV cache does to a model's answers, on any text"
+__all__ = ["add_arguments", "run"]
 
 _STANDARD = "-"
 _WINDOW = 512

@@ -28,9 +28,7 @@ from flexport.units import format_seconds
 if TYPE_CHECKING:
     from flexport.engine.llm import LLM
 
-__all__ = ["HELP", "add_arguments", "open_llm", "run"]
-
-HELP = "run a file of prompts through a model; with no options, the embedded demo"
+__all__ = ["add_arguments", "open_llm", "run"]
 
 _STANDARD = "-"
 _INTERRUPTED = 130

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from flexport.backend import PackedMatrix
 from flexport.codecs.layout import Layout, Part
@@ -29,6 +29,10 @@ class Compressed(Protocol):
     @property
     def name(self) -> str:
         """One of `policy.WEIGHT_CODECS`."""
+
+    @property
+    def matrix_form(self) -> Literal["int8", "int4"]:
+        """What a `PackedMatrix` calls it, whatever its parameters."""
 
     @property
     def key(self) -> str:
@@ -68,6 +72,7 @@ class Int8Rows:
     """A byte a number, and one scale a row; see `codecs.quantise`."""
 
     name = "int8"
+    matrix_form: ClassVar[Literal["int8"]] = "int8"
     key = "int8-1"
     unused = ()
 
@@ -101,7 +106,7 @@ class Int8Rows:
 
     def matrix(self, parts: Sequence[Tensor], shape: tuple[int, int]) -> PackedMatrix:
         """See `Compressed`."""
-        return PackedMatrix(form="int8", parts=tuple(parts), shape=shape)
+        return PackedMatrix(form=self.matrix_form, parts=tuple(parts), shape=shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +115,7 @@ class Int4Tiles:
 
     group: int = 64
     """Neighbouring features of a row that share a scale."""
+    matrix_form: ClassVar[Literal["int4"]] = "int4"
     unused = ()
 
     @property
@@ -165,4 +171,6 @@ class Int4Tiles:
 
     def matrix(self, parts: Sequence[Tensor], shape: tuple[int, int]) -> PackedMatrix:
         """See `Compressed`."""
-        return PackedMatrix(form="int4", parts=tuple(parts), shape=shape, group=self.group)
+        return PackedMatrix(
+            form=self.matrix_form, parts=tuple(parts), shape=shape, group=self.group
+        )

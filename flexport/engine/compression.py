@@ -11,7 +11,8 @@ from typing import Any
 
 from flexport.codecs.compressed import compressed
 from flexport.engine.stored import packed_layout
-from flexport.models.spec import ModelSpec, owned_tensors
+from flexport.models.spec import ModelSpec
+from flexport.models.tensors import owned_tensors
 
 __all__ = ["weights_summary"]
 

@@ -19,18 +19,23 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flexport.backend import Backend, Capabilities, MultipliesPacked
-from flexport.codecs.compressed import compressed
+from flexport.codecs.compressed import Compressed, compressed
 from flexport.engine.attempts import forget, joined, retry
 from flexport.engine.compression import weights_summary
 from flexport.engine.in_flight import InFlight
 from flexport.engine.limits import default_budgets, dtype_for
+from flexport.engine.model_work import model_work
 from flexport.engine.plan import Plan, cache_bits, model_sizes
 from flexport.engine.source import open_source
 from flexport.engine.trace import Trace
 from flexport.errors import DoesNotFit, OutOfMemory, PolicyError, UsageError
 from flexport.planner.auto import Choice, check, choose
+from flexport.planner.costs import Costs
 from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint, page_tokens_for
 from flexport.planner.halving import halved, left_over
+from flexport.planner.machine import Machine
+from flexport.planner.predict import predict
+from flexport.planner.typical import typical
 from flexport.policy import Budgets, Policy
 from flexport.records import Completion, Request
 from flexport.registry import describe_backend, open_backend
@@ -75,6 +80,7 @@ class Engine:
         on_plan: Callable[[Plan], None] | None = None,
         trace: Path | None = None,
         show_packing: ShowPacking | None = None,
+        machine: Machine | None = None,
     ) -> None:
         """`backend` is a registered name, or one that is open and stays the caller's to close.
 
@@ -85,6 +91,7 @@ class Engine:
         `budgets` are caps in bytes for device, host and disk; None takes what is free.
         `on_plan` is called with each plan before anything of it is done, `show_packing` when weights
         are packed or checked. What every lane does when is written to `trace`, a Chrome trace.
+        Plans are made with the numbers of `machine`, or else of a typical one.
         """
         self._source = open_source(model, revision, load_format)
         self._sizes_in: dict[tuple[str, str, bool], ModelSizes] = {}
@@ -97,6 +104,7 @@ class Engine:
         self._policy = policy
         self._choice = choice or Choice()
         self._seed = seed
+        self._asked_machine = machine
         self._on_plan = on_plan
         self._show_packing = show_packing
         self._loaded: Loaded | None = None
@@ -150,6 +158,8 @@ class Engine:
             prompt_tokens=max(len(request.token_ids) for request in head),
             new_tokens=max(request.sampling.max_tokens for request in head),
             num_rows=known,
+            mean_prompt_tokens=sum(len(request.token_ids) for request in head) / len(head),
+            mean_new_tokens=sum(request.sampling.max_tokens for request in head) / len(head),
         )
         for request in head:
             self._check_length(len(request.token_ids), request.sampling.max_tokens)
@@ -306,6 +316,7 @@ class Engine:
             self._asked_dtype, facts, self._source.file_dtype
         )
         self.budgets = default_budgets(facts, self._asked_budgets, self._offload_dir)
+        self.machine = self._asked_machine or typical(facts, self.backend_name, self.budgets)
 
     def _refuse_what_never_fits(self, facts: Capabilities) -> None:
         """Raise DoesNotFit, in a fraction of the time that opening the device takes."""
@@ -390,6 +401,7 @@ class Engine:
             policy=policy,
             job=job,
             needs=needs,
+            predicted=predict(self._costs(job, policy)),
             budgets=self.budgets,
             page_tokens=page_tokens_for(policy, preferred),
             stream_bytes=round(
@@ -402,6 +414,19 @@ class Engine:
                     "bits": cache_bits(self.spec, policy.compress_cache, VALUE_BYTES[self.dtype]),
                 },
             },
+        )
+
+    def _costs(self, job: JobSizes, policy: Policy) -> Costs:
+        """What the job costs on the machine that plans are made for."""
+        codec = policy.compress_weights
+        published = self._source.packings[0].name if self._source.packings else None
+        return Costs(
+            self._sizes(codec),
+            model_work(self.spec, codec, published),
+            job,
+            policy,
+            self.machine,
+            self.dtype,
         )
 
     def _footprint(self, job: JobSizes, policy: Policy) -> Footprint:
@@ -424,7 +449,8 @@ class Engine:
         return weights_summary(self.spec, codec)
 
     def _sizes(self, codec: str) -> ModelSizes:
-        dtype, form, decodes = self.dtype, compressed(codec), self._decodes(codec)
+        dtype, form = self.dtype, compressed(codec)
+        decodes = form is not None and self._decodes(form)
         if (dtype, codec, decodes) not in self._sizes_in:
             self._sizes_in[dtype, codec, decodes] = model_sizes(
                 self.spec,
@@ -433,7 +459,7 @@ class Engine:
             )
         return self._sizes_in[dtype, codec, decodes]
 
-    def _decodes(self, codec: str) -> bool:
+    def _decodes(self, form: Compressed) -> bool:
         """Whether weights that are packed so are ever decoded.
 
         Before the backend is open the answer is no, since it may multiply with them.
@@ -444,7 +470,8 @@ class Engine:
             return True
         from flexport.torch_ops import torch_dtype
 
-        return not self.backend.multiplies(codec, torch_dtype(self.dtype), sys.maxsize)
+        dtype = torch_dtype(self.dtype)
+        return not self.backend.multiplies(form.matrix_form, dtype, sys.maxsize)
 
     def _unload(self) -> None:
         """Give the weights back, and all that was made on disk."""

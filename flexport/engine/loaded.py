@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class Loaded:
         self._cpu: Backend | None = None
         self._watch = watch
         self._show_packing = show_packing
+        self._in_use = ExitStack()
+        """Packed weights in the cache, which nobody removes meanwhile."""
         self.store = Store(backend, plan.budgets, offload_dir, watch)
         try:
             with _told_as_out_of_memory():
@@ -120,7 +122,8 @@ class Loaded:
             if source.files is None:
                 directory = self.store.open_run_directory()
                 return pack_into(directory, source, files, form, progress=progress)
-            return packed_files(source, files, form, PackedCache(), progress=progress)
+            packed = packed_files(source, files, form, PackedCache(), progress=progress)
+            return self._in_use.enter_context(packed)
 
     def follow(self, plan: Plan) -> None:
         """Go on with another plan that leaves the weights where they are."""
@@ -173,6 +176,7 @@ class Loaded:
         if not self.closed:
             self.closed = True
             self.store.close()
+            self._in_use.close()
             if self._cpu is not None:
                 self._cpu.close()
             with suppress(Exception):  # a copy's error is this job's, and was told

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,7 +36,7 @@ __all__ = [
     "known_entry",
     "pack_into",
     "packed_files",
-    "prepare",
+    "prepared",
 ]
 
 _log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class Packed:
         return _found(self.packing, self.entry.directory)
 
 
+@contextmanager
 def packed_files(
     source: Source,
     files: Mapping[str, FileTensor],
@@ -99,38 +100,50 @@ def packed_files(
     cache: PackedCache,
     *,
     progress: PackProgress | None = None,
-) -> dict[str, FileTensor]:
-    """Every part of every packed matrix of a checkpoint's, from the cache; see `prepare`."""
+) -> Iterator[dict[str, FileTensor]]:
+    """Every part of every packed matrix of a checkpoint's, from the cache; see `prepared`."""
     packing = plan_packing(source, files, form)
-    return prepare(source, packing, cache, progress or Quiet()).tensors
+    with prepared(source, packing, cache, progress or Quiet()) as packed:
+        yield packed.tensors
 
 
-def prepare(
+@contextmanager
+def prepared(
     source: Source,
     packing: Packing,
     cache: PackedCache,
     progress: PackProgress,
     *,
     overwrite: bool = False,
-) -> Packed:
-    """See that the cache has what is to be packed, and that none of it is damaged.
+) -> Iterator[Packed]:
+    """See that the cache has what is to be packed, that none of it is damaged, and that it stays.
 
-    With `overwrite` it is packed anew though it is there. Raises DoesNotFit where the disk is too
-    small, CheckpointError for what is damaged, StorageError, and UsageError.
+    While it lasts nobody removes it. With `overwrite` it is packed anew though it is there, when
+    nobody uses it. Raises DoesNotFit where the disk is too small, CheckpointError for what is
+    damaged, StorageError, and UsageError.
     """
     used = _digests(packing, cache.digests, progress)
     content = packing.content(used)
     entry = cache.entry(packing.key(content))
-    packed = None if overwrite else _whole(entry, packing)
-    if packed is None:
 
-        def wait() -> None:
-            where = entry.directory
-            progress.say(f"another process packs these weights in {where}; waiting for it")
+    def wait() -> None:
+        progress.say(
+            f"another process packs these weights in {entry.directory}, or streams from them; "
+            "waiting for it"
+        )
 
+    packed: Packed | None = None
+    while True:  # what was just packed may be removed before it is in use
+        with entry.in_use() as manifest:
+            if manifest is not None and not overwrite:
+                if packed is None or packed.manifest != manifest:
+                    packed = Packed(packing=packing, entry=entry, manifest=manifest)
+                _check(packed, progress)
+                entry.note_use()
+                yield packed
+                return
         with entry.locked(wait):
-            packed = None if overwrite else _whole(entry, packing)
-            if packed is None:
+            if overwrite or entry.manifest() is None:
                 blank = Manifest(
                     model=_model(source),
                     revision=_revision(source),
@@ -142,19 +155,16 @@ def prepare(
                     created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 )
                 packed = _fill(entry, packing, blank, cache.digests, used, progress)
+                overwrite = False
+
+
+def _check(packed: Packed, progress: PackProgress) -> None:
+    entry = packed.entry
     unknown_bytes = entry.unknown_bytes(packed.manifest)
     if unknown_bytes:
-        where = entry.directory
         size = format_bytes(unknown_bytes)
-        progress.begin(f"checking {size} of packed weights in {where}", unknown_bytes)
-    entry.check(packed.manifest, [new.name for new in packing.files], progress.advance)
-    entry.use()
-    return packed
-
-
-def _whole(entry: Entry, packing: Packing) -> Packed | None:
-    manifest = entry.manifest()
-    return None if manifest is None else Packed(packing=packing, entry=entry, manifest=manifest)
+        progress.begin(f"checking {size} of packed weights in {entry.directory}", unknown_bytes)
+    entry.check(packed.manifest, [new.name for new in packed.packing.files], progress.advance)
 
 
 def known_entry(packing: Packing, cache: PackedCache) -> Entry | None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from flexport.codecs.plane import BITS, Plane
 from flexport.engine.stored import TensorSize
-from flexport.models.spec import (
-    Attention,
-    Experts,
-    LatentAttention,
-    Layer,
-    ModelSpec,
+from flexport.models.spec import Attention, Experts, LatentAttention, Layer, ModelSpec
+from flexport.models.tensors import (
     TensorSpec,
     flops_per_token,
     is_projection,
@@ -30,10 +27,11 @@ from flexport.planner.footprint import (
     LayerCaches,
     ModelSizes,
 )
+from flexport.planner.predict import Prediction
 from flexport.policy import Budgets, Policy, Split, Tier
 from flexport.units import format_bytes
 
-__all__ = ["Plan", "cache_bits", "cache_planes", "model_sizes"]
+__all__ = ["Plan", "cache_bits", "cache_planes", "layer_caches", "model_sizes"]
 
 
 def model_sizes(
@@ -160,21 +158,22 @@ def cache_bits(spec: ModelSpec, codec: str, item_bytes: int) -> float:
 
 
 def _caches(spec: ModelSpec, item_bytes: int) -> tuple[LayerCaches, ...]:
-    counts: dict[LayerCaches, int] = {}
-    for layer in spec.layers:
-        attention = layer.attention
-        alike = LayerCaches(
-            num_layers=1,
-            plane_token_bytes=attention.cache_heads * attention.cache_dim * item_bytes,
-            num_planes=attention.cache_planes,
-            window=attention.window,
-            packings=tuple(
-                (codec, tuple(p.num_bytes(GROUP_TOKENS) for p in cache_planes(attention, codec)))
-                for codec in BITS
-            ),
-        )
-        counts[alike] = counts.get(alike, 0) + 1
+    counts = Counter(layer_caches(layer.attention, item_bytes) for layer in spec.layers)
     return tuple(replace(alike, num_layers=count) for alike, count in counts.items())
+
+
+def layer_caches(attention: Attention | LatentAttention, item_bytes: int) -> LayerCaches:
+    """The cache of one layer; those of alike layers are equal."""
+    return LayerCaches(
+        num_layers=1,
+        plane_token_bytes=attention.cache_heads * attention.cache_dim * item_bytes,
+        num_planes=attention.cache_planes,
+        window=attention.window,
+        packings=tuple(
+            (codec, tuple(p.num_bytes(GROUP_TOKENS) for p in cache_planes(attention, codec)))
+            for codec in BITS
+        ),
+    )
 
 
 def _crossing_values(attention: Attention | LatentAttention) -> int:
@@ -227,6 +226,8 @@ class Plan:
     policy: Policy
     job: JobSizes
     needs: Footprint
+    predicted: Prediction
+    """What the job takes, if it is like the rows that were looked at."""
     budgets: Budgets
     page_tokens: int
     stream_bytes: int
@@ -245,6 +246,7 @@ class Plan:
                 "host_bytes": self.needs.host_bytes,
                 "disk_bytes": self.needs.disk_bytes,
             },
+            "predicted": self.predicted.to_dict(),
             "page_tokens": self.page_tokens,
             "stream_bytes_per_sweep": self.stream_bytes,
             "compression": dict(self.compression),

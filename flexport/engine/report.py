@@ -67,7 +67,7 @@ def report(
         "wait_seconds": {"compute": clock.wait_s},
         "tokens": tokens,
         "throughput": throughput(tokens, seconds),
-        "predicted": plan.to_dict()["needs"],
+        "predicted": plan.to_dict()["needs"] | plan.predicted.to_dict(),
         "plan": plan.to_dict(),
         "compression": dict(plan.compression),
         "machine": {

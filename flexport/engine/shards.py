@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flexport.engine.stored import Stored
-from flexport.models.spec import ModelSpec, TensorSpec, is_projection, owned_tensors
+from flexport.models.spec import ModelSpec
+from flexport.models.tensors import TensorSpec, is_projection, owned_tensors
 from flexport.planner.footprint import layer_splits
 from flexport.policy import Split, Tier
 from flexport.store.place import Dealer
 from flexport.store.store import FileRun, Kept
 from flexport.torch_ops import as_tensor, torch_dtype
 
-__all__ = ["Bundle", "Shard", "decode", "place_weights"]
+__all__ = ["Bundle", "Shard", "decode", "dtype_in_use", "place_weights", "stored_dtype"]
 
 MERGE_BYTES = 8 << 10
 """Ranges of a file closer than this are read as one. Reading them apart would take as much memory,
@@ -194,3 +196,14 @@ def decode(shard: Shard, parts: Sequence[Tensor], out_RD: Tensor) -> Tensor:
     """The shard's numbers in out_RD's memory and dtype; a packed one's may lie in another order."""
     packing = shard.stored.format
     return out_RD.copy_(parts[0]) if packing is None else packing.decode(parts, out_RD, shard.begin)
+
+
+def dtype_in_use(shard: Shard, dtype: torch.dtype) -> torch.dtype:
+    """What a shard is computed with in, in a run that computes in `dtype`."""
+    return stored_dtype(shard) if shard.stored.is_exact else dtype
+
+
+def stored_dtype(shard: Shard) -> torch.dtype:
+    """What the numbers of a shard that is not packed are stored as."""
+    assert shard.dtype is not None, shard
+    return torch_dtype(shard.dtype)

@@ -26,7 +26,8 @@ from flexport.demo import MODEL_DIR
 from flexport.engine.stored import Stored, TensorSize, find, in_file, packed_layout
 from flexport.errors import CheckpointError, UnsupportedModel
 from flexport.models import ModelSpec, known_config, known_names, spec_of
-from flexport.models.spec import Layer, TensorSpec, layer_tensors, owned_tensors
+from flexport.models.spec import Layer
+from flexport.models.tensors import TensorSpec, layer_tensors, owned_tensors
 from flexport.records import FileTensor
 from flexport.units import VALUE_BYTES
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from flexport.codecs.compressed import Compressed
 from flexport.codecs.layout import Format, Layout, Part
-from flexport.models.spec import TensorSpec
+from flexport.models.tensors import TensorSpec
 from flexport.records import FileTensor
 
 __all__ = ["Stored", "TensorSize", "find", "in_file", "packed_layout", "packed_name"]

@@ -20,7 +20,7 @@ from flexport.codecs.layout import Layout
 from flexport.engine.source import Source
 from flexport.engine.stored import Stored, find, packed_layout, packed_name
 from flexport.errors import PolicyError
-from flexport.models.spec import owned_tensors
+from flexport.models.tensors import owned_tensors
 from flexport.records import FileTensor
 from flexport.units import format_bytes, format_count
 

@@ -20,10 +20,11 @@ from flexport.engine.cache import HeldBands
 from flexport.engine.clock import Clock
 from flexport.engine.hidden import HiddenStates
 from flexport.engine.host_compute import HostCompute
+from flexport.engine.layer_lease import LayerLease
 from flexport.engine.rows import Batch, Row
 from flexport.engine.transfer import to_device
 from flexport.engine.turns import VisitTurns
-from flexport.engine.weights import LayerLease, ModelWeights
+from flexport.engine.weights import ModelWeights
 from flexport.models.decoder import decoder_layer, embed, head
 from flexport.models.rope import Rope
 from flexport.planner.footprint import HEAD_TOKENS, Footprint

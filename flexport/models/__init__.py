@@ -28,6 +28,9 @@ from flexport.models.spec import (
     Mlp,
     ModelSpec,
     Norm,
+)
+from flexport.models.summary import num_active_parameters, summary
+from flexport.models.tensors import (
     TensorSpec,
     attention_flops,
     flops_per_token,
@@ -37,7 +40,6 @@ from flexport.models.spec import (
     layer_tensors,
     num_parameters,
 )
-from flexport.models.summary import num_active_parameters, summary
 
 __all__ = [
     "ACTIVATIONS",

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from flexport.models.ops import gated_mlp
-from flexport.models.spec import Experts, expert_slot
+from flexport.models.spec import Experts
+from flexport.models.tensors import expert_slot
 
 __all__ = ["expert_mlps", "picked_experts"]
 

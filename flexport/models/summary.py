@@ -15,6 +15,8 @@ from flexport.models.spec import (
     Layer,
     Mlp,
     ModelSpec,
+)
+from flexport.models.tensors import (
     distinct_layers,
     kv_bytes_per_token,
     layer_tensors,

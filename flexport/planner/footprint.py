@@ -230,6 +230,20 @@ class JobSizes:
     """The most tokens that a row may generate."""
     num_rows: int | None = None
     """How many rows there are; None is unknown, as many as you like."""
+    mean_prompt_tokens: float | None = None
+    """Of all prompts; None: all are as long as the longest."""
+    mean_new_tokens: float | None = None
+    """Of what rows generate; None: all as many as they may."""
+
+    @property
+    def mean_prompt(self) -> float:
+        """Tokens of the mean prompt."""
+        return self.mean_prompt_tokens or self.prompt_tokens
+
+    @property
+    def mean_new(self) -> float:
+        """What the mean row generates."""
+        return self.mean_new_tokens or self.new_tokens
 
     @property
     def columns(self) -> int:

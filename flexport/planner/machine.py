@@ -106,7 +106,7 @@ class Computer:
     """What one reader of a large tensor sees."""
     touched_values_per_s: float
     """What norms, rotations, activations and sums pass through, in values of one token's states:
-    those that `models.spec.touched_values` counts."""
+    those that `models.tensors.touched_values` counts."""
     prompt_attention_flops_per_s: float
     """Of prompts over themselves: 4 operations a feature, query and key that the query sees."""
     cache_bytes_per_s: Mapping[int, float]
@@ -144,6 +144,18 @@ class Computer:
         """Numbers of packed weights."""
         rate = self.decoded_values_per_s.get(codec, self.memory_bytes_per_s / 4)
         return values / rate
+
+    def unpack_s(self, codec: str, num_bytes: float) -> float:
+        """A packed cache that becomes so many bytes."""
+        return num_bytes / self.unpacked_bytes_per_s.get(codec, self._cache_bytes_per_s)
+
+    def pack_s(self, codec: str, num_bytes: float) -> float:
+        """So many bytes of cache that are packed."""
+        return num_bytes / self.packed_bytes_per_s.get(codec, self._cache_bytes_per_s)
+
+    @property
+    def _cache_bytes_per_s(self) -> float:
+        return self.cache_bytes_per_s[min(self.cache_bytes_per_s)]
 
     def cache_read_s(self, queries: int, num_bytes: float) -> float:
         """Decode steps over so many bytes of cache, `queries` to a key/value head."""

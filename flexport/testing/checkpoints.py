@@ -39,8 +39,6 @@ _TINY: dict[str, Any] = {
     "bos_token_id": 2,
     "eos_token_id": 2,
 }
-_NUM_SPECIAL = 4
-"""<s>, <pad>, </s> and <unk>, as OPT has them; the 256 bytes come after."""
 
 
 def tiny_opt(

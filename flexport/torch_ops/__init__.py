@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "as_tensor", "dtype_name", "is_out_of_memory", "torch_dtype"]
+__all__ = ["DTYPES", "as_tensor", "is_out_of_memory", "torch_dtype"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -35,17 +35,10 @@ _NO_MEMORY = (
 device allocators that raise a plain RuntimeError (huggingface/accelerate issue 4226), of torch's own
 host allocator (c10/core/impl/alloc_cpu.cpp) and of libraries that give a status by name."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype called `name`; raises KeyError for one that is not in DTYPES."""
     return DTYPES[name]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype in DTYPES."""
-    return _NAMES[dtype]
 
 
 def as_tensor(

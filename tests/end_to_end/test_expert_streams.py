@@ -11,7 +11,7 @@ import pytest
 import flexport
 from flexport import SamplingParams
 from flexport.engine.source import open_source
-from flexport.models.spec import owned_tensors
+from flexport.models.tensors import owned_tensors
 from flexport.testing.families import Variant
 from flexport.testing.families.tiny import make
 

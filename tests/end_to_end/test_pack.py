@@ -31,12 +31,12 @@ from flexport.cli.main import main
 from flexport.codecs.compressed import Compressed, compressed
 from flexport.codecs.published import formats_of
 from flexport.engine import pack_rows
-from flexport.engine.packing import Quiet, pack_into, packed_files, prepare
+from flexport.engine.packing import Quiet, pack_into, packed_files, prepared
 from flexport.engine.source import Source, open_source
 from flexport.engine.stored import packed_layout, packed_name
 from flexport.engine.to_pack import Packing, plan_packing
 from flexport.errors import CheckpointError, DiskFull, DoesNotFit, PolicyError, StorageError
-from flexport.models.spec import owned_tensors
+from flexport.models.tensors import owned_tensors
 from flexport.testing.checkpoints import tiny_opt
 from flexport.testing.families.tiny import Variant, make
 
@@ -123,7 +123,8 @@ def bytes_of(directory):
 
 def pack(source, codec, cache, **settings):
     packing = plan_of(source, codec)
-    return prepare(source, packing, cache, settings.pop("progress", Quiet()), **settings)
+    with prepared(source, packing, cache, settings.pop("progress", Quiet()), **settings) as packed:
+        return packed
 
 
 # ---- what the files hold
@@ -135,7 +136,8 @@ def test_the_files_hold_what_the_form_makes_of_each_matrix(checkpoints, cache, n
     source, form = open_source(str(checkpoints(name)), None, "auto"), form_of(codec)
 
     assert source.files is not None
-    found = packed_files(source, source.files, form, cache)
+    with packed_files(source, source.files, form, cache) as found:
+        pass
 
     num_matrices = 0
     for layer in range(1, source.spec.num_layers + 1):
@@ -205,7 +207,10 @@ def test_routers_and_matrices_with_little_to_gain_stay_as_they_are(checkpoints):
 
 
 def test_whole_pages_come_first_so_that_they_start_on_one(opt, cache):
-    for tensor in packed_files(opt, opt.files, form_of("int4"), cache).values():
+    with packed_files(opt, opt.files, form_of("int4"), cache) as found:
+        tensors = found.values()
+
+    for tensor in tensors:
         if tensor.num_bytes % 4096 == 0:
             assert tensor.offset_bytes % 4096 == 0
 
@@ -264,10 +269,12 @@ def refuse_to_work(monkeypatch):
 
 
 def test_a_second_start_reads_and_packs_nothing(opt, cache, monkeypatch):
-    first = packed_files(opt, opt.files, form_of("int4"), cache)
+    with packed_files(opt, opt.files, form_of("int4"), cache) as found:
+        first = found
     refuse_to_work(monkeypatch)
 
-    again = packed_files(opt, opt.files, form_of("int4"), PackedCache(cache.directory))
+    with packed_files(opt, opt.files, form_of("int4"), PackedCache(cache.directory)) as found:
+        again = found
 
     assert again == first
 
@@ -363,7 +370,9 @@ class Hooked:
 
 def prepare_with(source, hook, cache, progress=None):
     form = Hooked(hook)
-    done = prepare(source, plan_packing(source, source.files, form), cache, progress or Quiet())
+    packing = plan_packing(source, source.files, form)
+    with prepared(source, packing, cache, progress or Quiet()) as done:
+        pass
     return form, done
 
 
@@ -546,12 +555,13 @@ def in_child(cache, kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
     if kill_at:
         events(call)
-    packed_files(source, source.files, form, PackedCache(Path(cache)))
-    os._exit(0)
+    with packed_files(source, source.files, form, PackedCache(Path(cache))):
+        os._exit(0)
 
 
 # What is imported or set up on first use, before the forks.
-packed_files(source, source.files, form, PackedCache(Path(root, "first")))
+with packed_files(source, source.files, form, PackedCache(Path(root, "first"))):
+    pass
 kills = []
 at = 0
 while True:
@@ -631,6 +641,46 @@ def test_the_command_packs_lists_verifies_and_removes(opt, command, cache):
     assert verified[:2] == (0, f"{key}  whole\n")
     assert removed[0] == 0 and removed[1].startswith(key)
     assert json.loads(command("--list", "--json")[1])["entries"] == []
+
+
+_RUN = """
+import sys
+import flexport
+model, offload_dir = sys.argv[1:]
+with flexport.LLM(
+    model, backend="cpu", dtype="float32", compress_weights="int4", offload_dir=offload_dir
+) as llm:
+    llm.generate([[5, 6, 7]], flexport.SamplingParams(max_tokens=1, ignore_eos=True))
+    print("running", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_what_a_run_streams_from_is_removed_only_when_the_run_is_gone(
+    opt, command, cache, tmp_path
+):
+    other = pack(opt, "int8", cache).entry
+    refused, keys = [], []
+    with subprocess.Popen(
+        [sys.executable, "-c", _RUN, str(opt.directory), str(tmp_path / "offload")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().split() == [b"running"]
+        (used,) = (entry for entry in cache.entries() if entry.key != other.key)
+        for what in (used.key, "all"):
+            refused.append(command("--remove", what))
+            keys.append([entry.key for entry in cache.entries()])
+        process.kill()
+    code, _, _ = command("--remove", used.key)
+
+    for answer, _, said in refused:
+        assert answer != 0
+        assert f"{used.key} can't be removed while a run streams from it" in said
+    assert keys == [sorted([used.key, other.key]), [used.key]]
+    assert code == 0
+    assert cache.entries() == []
 
 
 def test_the_command_says_for_people_what_it_did_and_what_is_there(opt, command):

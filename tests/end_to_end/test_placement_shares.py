@@ -67,7 +67,7 @@ def test_every_decoder_layer_has_the_same_share_of_weights_in_memory(model, noth
     ) as llm:
         _generate(llm)
         assert llm.engine._loaded is not None
-        layers = llm.engine._loaded.weights._shards[1:-1]
+        layers = [home.shards for home in llm.engine._loaded.weights._homes[1:-1]]
 
     shares = []
     for shards in layers:

@@ -20,7 +20,7 @@ from flexport.codecs.compressed import compressed
 from flexport.engine.source import open_source
 from flexport.engine.stored import packed_layout
 from flexport.errors import PolicyError
-from flexport.models.spec import owned_tensors
+from flexport.models.tensors import owned_tensors
 from flexport.testing.families import Variant
 from flexport.testing.families.mixes import MIXES, Reference, reference_from, run
 from flexport.testing.families.tiny import make

@@ -12,7 +12,7 @@ from flexport.bench.limit import limit_of, work_flops
 from flexport.bench.spread import Spread
 from flexport.bench.workload import Workload
 from flexport.models import known_config, spec_of
-from flexport.models.spec import num_parameters
+from flexport.models.tensors import num_parameters
 
 
 def work(**changes):

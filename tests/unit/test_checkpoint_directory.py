@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from flexport.checkpoint import Checkpoint, Wanted, open_checkpoint, require, unexpected
+from flexport.checkpoint import Wanted, open_checkpoint, require, unexpected
 from flexport.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
@@ -46,7 +46,6 @@ def test_a_single_file_is_opened_in_place(tmp_path: Path) -> None:
     assert {tensor.path for tensor in checkpoint.tensors.values()} == {
         directory / "model.safetensors"
     }
-    assert checkpoint.num_bytes == 2 * 24
 
 
 def test_shards_are_found_through_the_index(tmp_path: Path) -> None:
@@ -175,16 +174,6 @@ def test_what_nobody_asked_for_is_told_apart(tmp_path: Path) -> None:
 
     assert found == {name: checkpoint.tensors[name] for name in wanted}
     assert unexpected(checkpoint, wanted) == ["w", "x"]
-
-
-def test_an_identity_depends_on_config_and_tensors_and_not_on_the_place(tmp_path: Path) -> None:
-    def opened(name: str, names: list[str]) -> Checkpoint:
-        return open_checkpoint(str(_make(tmp_path / name, {"model.safetensors": names})))
-
-    one, same, other = opened("1", ["a", "b"]), opened("2", ["b", "a"]), opened("3", ["a"])
-
-    assert one.identity == same.identity
-    assert one.identity != other.identity
 
 
 def test_pickled_weights_are_refused_with_a_command_that_converts_them(

@@ -21,7 +21,6 @@ from flexport.codecs import groups
 from flexport.codecs.layout import Format, Layout
 from flexport.codecs.published import formats_of
 from flexport.records import FileTensor
-from flexport.torch_ops import dtype_name
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -37,7 +36,7 @@ def found(packer_name: str, packed: Packed) -> tuple[Format, Layout]:
     files = {
         name: FileTensor(
             name=name,
-            dtype="int64" if tensor.dtype == torch.int64 else dtype_name(tensor.dtype),
+            dtype=str(tensor.dtype).removeprefix("torch."),
             shape=tuple(tensor.shape),
             path=Path("nowhere"),
             offset_bytes=0,

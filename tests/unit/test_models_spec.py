@@ -16,7 +16,8 @@ from flexport.models import (
     num_parameters,
     spec_of,
 )
-from flexport.models.spec import Mlp, ModelSpec, distinct_layers
+from flexport.models.spec import Mlp, ModelSpec
+from flexport.models.tensors import distinct_layers
 
 # arXiv:2205.01068, table 1: layers, heads, width. Head widths follow.
 OPT_TABLE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -170,7 +171,16 @@ def test_what_another_process_remembered_meanwhile_is_kept(tmp_path):
 def test_a_memory_that_cant_be_written_costs_time_only(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
 
-    assert Digests(tmp_path / "no" / "digests.json").of(tmp_path / "x").startswith("ba7816")
+    assert Digests(tmp_path / "x" / "digests.json").of(tmp_path / "x").startswith("ba7816")
+
+
+def test_what_was_read_first_is_remembered_though_there_was_no_cache_yet(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    missing = tmp_path / "caches" / "flexport"
+
+    PackedCache(missing).digests.of(tmp_path / "x")
+
+    assert PackedCache(missing).digests.known(tmp_path / "x") is not None
 
 
 def test_only_a_blob_of_the_hubs_cache_is_called_by_its_digest(tmp_path):
@@ -338,10 +348,56 @@ def test_an_entry_is_named_by_the_beginning_of_its_key(tmp_path):
 def test_what_is_being_packed_is_not_removed(tmp_path):
     entry = filled(PackedCache(tmp_path))
 
-    with entry.locked(nobody), pytest.raises(UsageError, match="being packed"):
+    with entry.locked(nobody), pytest.raises(UsageError, match=f"{KEY}.*another process packs it"):
         PackedCache(tmp_path).entry(KEY).remove()
 
     assert entry.manifest() is not None
+
+
+def test_what_is_in_use_is_not_removed_before_the_last_is_done(tmp_path):
+    entry = filled(PackedCache(tmp_path))
+
+    with entry.in_use() as first:
+        with PackedCache(tmp_path).entry(KEY).in_use() as second:
+            pass
+        with pytest.raises(UsageError, match=f"{KEY}.*a run streams from it"):
+            PackedCache(tmp_path).entry(KEY).remove()
+        left = entry.manifest()
+    entry.remove()
+
+    assert first == second == left is not None
+    assert not entry.directory.exists()
+
+
+def test_what_is_packed_or_not_whole_is_not_in_use(tmp_path):
+    entry = PackedCache(tmp_path).entry(KEY)
+    found = []
+
+    with entry.in_use() as manifest:
+        found.append(manifest)
+    made_nothing = not entry.directory.exists()
+    filled(PackedCache(tmp_path))
+    with entry.locked(nobody), entry.in_use() as manifest:
+        found.append(manifest)
+
+    assert found == [None, None]
+    assert made_nothing
+
+
+def test_a_cache_without_locks_can_be_used(tmp_path, monkeypatch):
+    entry = filled(PackedCache(tmp_path))
+
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(packed, "try_share", fail)
+    with entry.in_use() as without_locks:
+        pass
+    monkeypatch.setattr(os, "open", fail)
+    with entry.in_use() as without_file:
+        pass
+
+    assert without_locks == without_file == entry.manifest() is not None
 
 
 def test_the_second_to_pack_waits_and_says_so(tmp_path, monkeypatch):

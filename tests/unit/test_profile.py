@@ -15,7 +15,7 @@ from flexport.bench.profile.timing import Effort, fit_lane, fit_line, seconds_of
 from flexport.cli.main import main
 from flexport.engine import known_machine as known
 from flexport.models import spec_of
-from flexport.models.spec import touched_values
+from flexport.models.tensors import touched_values
 from flexport.planner.machine import machine_from_dict, read_machine
 from flexport.planner.shipped import shipped
 from flexport.registry import open_backend

@@ -27,7 +27,8 @@ from flexport.bench.spread import Spread
 from flexport.engine.turns import VisitTurns
 from flexport.models import spec_of
 from flexport.models.decoder import decoder_layer
-from flexport.models.spec import Attention, ModelSpec, layer_tensors, touched_values
+from flexport.models.spec import Attention, ModelSpec
+from flexport.models.tensors import layer_tensors, touched_values
 from flexport.torch_ops import torch_dtype
 
 __all__ = ["Visits", "touch_rate", "visit_costs"]

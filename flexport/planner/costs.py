@@ -1,0 +1,420 @@
+"""What one visit costs on a machine: seconds of computing, bytes on each lane.
+
+A visit takes some tokens through one layer. Its time of computing is a sum of what its kernels
+take at the machine's rates, and a fixed cost; what it moves is the share of the layer's weights,
+of its rows' cache and of its tokens' states that is at home elsewhere. The simulator asks visit
+by visit, the closed form for a typical visit and how many there are of it: the sums are the same.
+
+Dimension key as in `machine`: bytes, seconds, values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from flexport.planner.columns import GROUP_TOKENS, PROMPT_PAGE_TOKENS
+from flexport.planner.footprint import (
+    JobSizes,
+    LayerCaches,
+    ModelSizes,
+    layer_splits,
+    page_tokens_for,
+)
+from flexport.planner.machine import Computer, Machine
+from flexport.planner.work import LayerWork, Matrices, ModelWork
+from flexport.policy import Policy, Split
+
+__all__ = ["LANES", "Costs", "Prompts", "Steps", "Visit", "VisitCost"]
+
+LANES = ("disk_to_host", "host_to_device", "device_to_host", "host_to_disk")
+"""As the store and the report call them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Columns begin .. end-1 of some rows' prompts."""
+
+    rows: float
+    begin: float = 0
+    end: float
+
+    @property
+    def tokens(self) -> float:
+        """All of them."""
+        return self.rows * (self.end - self.begin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """A decode step of a batch: one token of each row, which sees so many columns."""
+
+    rows: float
+    columns: float
+    decoded: float = 0
+    """Of these columns, those of decode steps before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """What passes a layer together."""
+
+    prompts: tuple[Prompts, ...] = ()
+    steps: tuple[Steps, ...] = ()
+    sampled: float = 0
+    """Rows of which the head computes logits."""
+
+    @property
+    def tokens(self) -> float:
+        """All tokens."""
+        return sum(each.tokens for each in self.prompts) + sum(each.rows for each in self.steps)
+
+    @property
+    def pieces(self) -> int:
+        """Parts that have an attention of their own."""
+        return len(self.prompts) + len(self.steps)
+
+
+@dataclass(slots=True)
+class VisitCost:
+    """Seconds and bytes of one visit; costs of several add up."""
+
+    compute_s: float = 0.0
+    """On the device, waiting for the CPU beside it included."""
+    host_s: float = 0.0
+    """On the CPU beside it."""
+    moved_bytes: dict[str, float] = field(default_factory=dict)
+    """By lane."""
+    copies: dict[str, float] = field(default_factory=dict)
+    staged_bytes: float = 0.0
+    """Memory near the device that what was fetched takes until the visit is over."""
+
+    def move(self, lane: str, num_bytes: float, copies: float = 1.0) -> None:
+        """Count some bytes on a lane."""
+        if num_bytes > 0:
+            self.moved_bytes[lane] = self.moved_bytes.get(lane, 0.0) + num_bytes
+            self.copies[lane] = self.copies.get(lane, 0.0) + copies
+
+    def add(self, other: VisitCost, times: float = 1.0) -> None:
+        """Count another visit, or several like it."""
+        self.compute_s += times * other.compute_s
+        self.host_s += times * other.host_s
+        for lane, num_bytes in other.moved_bytes.items():
+            self.move(lane, times * num_bytes, times * other.copies[lane])
+
+
+class Costs:
+    """The costs of one model, job and policy on one machine."""
+
+    def __init__(
+        self,
+        model: ModelSizes,
+        work: ModelWork,
+        job: JobSizes,
+        policy: Policy,
+        machine: Machine,
+        dtype: str,
+    ) -> None:
+        """`dtype` is what is computed in."""
+        self.model = model.kept_in(policy.compress_cache)
+        self.work = work
+        self.job = job
+        self.policy = policy
+        self.machine = machine
+        self._dtype = dtype
+        self._page_tokens = page_tokens_for(policy, machine.page_tokens)
+
+    # ---- one visit
+
+    def visit(self, layer: int, visit: Visit, *, first: bool = True) -> VisitCost:
+        """One visit of a layer of the schedule: 0 embeds, the last one is the head.
+
+        `first` of the sweep: the layer's weights come, and are decoded if need be.
+        """
+        cost = VisitCost()
+        kind = self._kind(layer)
+        if first:
+            self._stream(cost, layer, visit)
+        self._states(cost, visit)
+        if kind is None:
+            if layer:
+                self._head(cost, visit, first)
+            else:
+                cost.compute_s += self.device.visit_s / 4
+            return cost
+        caches = self.model.caches[kind.caches]
+        self._cache(cost, visit, caches)
+        streamed = self._away[layer]
+        cost.compute_s += (
+            self.device.visit_s
+            + (visit.pieces - 1) * self.device.piece_s
+            + visit.tokens * kind.touched_values / self.device.touched_values_per_s
+            + self._products_s(kind.dense, visit.tokens, streamed, first)
+            + self._experts_s(kind, visit.tokens, streamed, first)
+        )
+        self._attention(cost, visit, kind, caches)
+        self._projections(cost, visit, layer)
+        return cost
+
+    @property
+    def device(self) -> Computer:
+        """What computes."""
+        return self.machine.device
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the schedule."""
+        return len(self.work.order) + 2
+
+    @cached_property
+    def distinct_layers(self) -> list[tuple[int, int]]:
+        """The first of each kind of layers of the schedule, and how many they are."""
+        order = self.work.order
+        kinds = [(1 + order.index(kind), order.count(kind)) for kind in sorted(set(order))]
+        return [(0, 1), *kinds, (self.num_layers - 1, 1)]
+
+    @cached_property
+    def load_s(self) -> float:
+        """Until the first sweep: what stays in memory is read, and laid out for the kernels."""
+        model, split = self.model, self.policy.weights
+        stays = 1 - split.disk
+        values = sum(kind.num_layers * _values(kind) for kind in self.work.layers) + _of_matrices(
+            self.work.head
+        )
+        near = split.device + (split.host if self.machine.unified else 0.0)
+        return (
+            self.machine.disk_read.seconds(stays * model.weight_bytes, self.num_layers)
+            + near * values / self.device.laid_out_values_per_s
+        )
+
+    def lane_s(self, lane: str, cost: VisitCost) -> float:
+        """How long a lane is busy with what some visits move."""
+        machine = self.machine
+        found = {
+            "disk_to_host": machine.disk_read,
+            "host_to_disk": machine.disk_write,
+            "host_to_device": machine.up,
+            "device_to_host": machine.down,
+        }[lane]
+        if found is None or lane not in cost.moved_bytes:
+            return 0.0
+        return found.seconds(cost.moved_bytes[lane], cost.copies[lane])
+
+    def sweep_s(self, cost: VisitCost) -> float:
+        """How long visits take whose copies and computing all go on at once.
+
+        The device and the reading of the disk leave each other a share of their rates.
+        """
+        machine = self.machine
+        disk_s = self.lane_s("disk_to_host", cost)
+        both_s = min(cost.compute_s / machine.computing_share, disk_s / machine.reading_share)
+        alone_s = max(
+            cost.compute_s - both_s * machine.computing_share,
+            disk_s - both_s * machine.reading_share,
+        )
+        return max(both_s + max(0.0, alone_s), *(self.lane_s(lane, cost) for lane in LANES[1:]))
+
+    # ---- what moves
+
+    @cached_property
+    def _splits(self) -> list[Split]:
+        return layer_splits(self.model.layer_bytes, self.policy.weights)
+
+    @cached_property
+    def _away(self) -> list[float]:
+        """Of each layer, the share of its weights that streams to the device."""
+        unified = self.machine.unified
+        return [each.disk + (0.0 if unified else each.host) for each in self._splits]
+
+    def _kind(self, layer: int) -> LayerWork | None:
+        if 0 < layer < self.num_layers - 1:
+            return self.work.layers[self.work.order[layer - 1]]
+        return None
+
+    def _stream(self, cost: VisitCost, layer: int, visit: Visit) -> None:
+        """The layer's weights, as far as they are away."""
+        split, size = self._splits[layer], float(self.model.layer_bytes[layer])
+        if layer == 0:
+            size -= self.model.table_bytes
+        experts = self.model.expert_bytes[layer]
+        if experts:
+            size -= experts * math.pow(1 - self.model.experts_picked, visit.tokens)
+        if size <= 0:
+            return
+        kept_bytes = 0.0
+        if self._kind(layer) is not None:
+            share = self._on_host(layer, visit)
+            kept_bytes = share * self.model.projection_bytes / len(self.work.order)
+        self._fetched(cost, split.disk * size, max(0.0, split.host * size - kept_bytes))
+
+    def _fetched(
+        self, cost: VisitCost, disk_bytes: float, host_bytes: float, copies: float = 1.0
+    ) -> None:
+        """What comes to the device from disk and from the host."""
+        machine = self.machine
+        cost.move("disk_to_host", disk_bytes, copies)
+        up_bytes = disk_bytes if machine.unified else disk_bytes + host_bytes
+        if machine.up is not None:
+            cost.move("host_to_device", up_bytes, copies)
+        cost.staged_bytes += up_bytes
+
+    def _written(self, cost: VisitCost, disk_bytes: float, host_bytes: float) -> None:
+        """What goes home."""
+        machine = self.machine
+        if machine.down is not None:
+            cost.move("device_to_host", disk_bytes if machine.unified else disk_bytes + host_bytes)
+        cost.move("host_to_disk", disk_bytes)
+
+    def _states(self, cost: VisitCost, visit: Visit) -> None:
+        split = self.policy.activations
+        num_bytes = visit.tokens * self.model.hidden_token_bytes
+        self._fetched(cost, split.disk * num_bytes, split.host * num_bytes)
+        self._written(cost, split.disk * num_bytes, split.host * num_bytes)
+
+    def _cache(self, cost: VisitCost, visit: Visit, caches: LayerCaches) -> None:
+        """Pages come for decode steps and later chunks, new columns go home."""
+        split = self.policy.cache
+        if split.device == 1 or (self.machine.unified and not split.disk):
+            return
+        on_host = self.policy.cpu_attention
+        for steps in visit.steps:
+            seen = steps.rows * caches.seen_bytes(steps.columns)
+            new = steps.rows * caches.token_bytes
+            pages = self._pages(steps, caches)
+            if on_host:
+                cost.move("disk_to_host", split.disk * seen, pages)
+            else:
+                self._fetched(cost, split.disk * seen, split.host * seen, pages)
+                if caches.packed:
+                    new = steps.rows * sum(caches.packed) / GROUP_TOKENS
+                self._written(cost, split.disk * new, split.host * new)
+        for prompts in visit.prompts:
+            if self.job.new_tokens < 2 and not prompts.begin:
+                continue  # nothing will be asked of what is stored
+            before = prompts.rows * caches.seen_bytes(prompts.begin)
+            new = prompts.tokens * (
+                sum(caches.packed) / GROUP_TOKENS if caches.packed else caches.token_bytes
+            )
+            if prompts.begin and not caches.packed:
+                self._fetched(cost, split.disk * before, split.host * before)
+            self._written(cost, split.disk * new, split.host * new)
+
+    # ---- what is computed
+
+    def _form(self, tokens: float) -> str | None:
+        """What packed weights are multiplied in as they are; None: they are decoded."""
+        codec = self.work.codec
+        return codec if tokens <= self.device.direct_rows.get(codec, 0) else None
+
+    def _products_s(self, matrices: Matrices, tokens: float, streamed: float, first: bool) -> float:
+        """Products of so many tokens with matrices of which the share `streamed` has just come."""
+        codec, packed_values = self.work.codec, matrices.packed_values
+        total_s = self._product_s(self._dtype, tokens, matrices.plain_values, streamed)
+        if tokens <= self.device.direct_rows.get(codec, 0):
+            return total_s + self._product_s(codec, tokens, packed_values, streamed)
+        if first:
+            total_s += self.device.decode_s(codec, packed_values)
+        # What was decoded lies as it would in a file, wherever it came from.
+        return total_s + self._product_s(self._dtype, tokens, packed_values, 1.0)
+
+    def _product_s(self, form: str, tokens: float, values: float, streamed: float) -> float:
+        if values <= 0:
+            return 0.0
+        device = self.device
+        return streamed * device.product_s(form, tokens, values, streamed=True) + (
+            1 - streamed
+        ) * device.product_s(form, tokens, values, streamed=False)
+
+    def _experts_s(self, kind: LayerWork, tokens: float, streamed: float, first: bool) -> float:
+        """Experts share the tokens evenly: each that is picked multiplies its part of them."""
+        if kind.expert is None or not tokens:
+            return 0.0
+        left_out = math.pow(1 - kind.top_k / kind.num_experts, tokens)
+        picked = kind.num_experts * (1 - left_out)
+        rows = max(1.0, tokens * kind.top_k / picked)
+        return picked * self._products_s(kind.expert, rows, streamed, first)
+
+    def _head(self, cost: VisitCost, visit: Visit, first: bool) -> None:
+        if not visit.sampled:
+            return
+        head, device = self.work.head, self.device
+        cost.compute_s += device.visit_s / 2
+        cost.compute_s += self._products_s(head, visit.sampled, self._away[-1], first)
+        cost.compute_s += visit.sampled * self.work.vocab_size / device.sampled_values_per_s
+
+    def _attention(
+        self, cost: VisitCost, visit: Visit, kind: LayerWork, caches: LayerCaches
+    ) -> None:
+        device, host, split = self.device, self.machine.host, self.policy.cache
+        codec = self.policy.compress_cache
+        far = split.disk + split.host if self.policy.cpu_attention and host is not None else 0.0
+        device_s = host_s = 0.0
+        for prompts in visit.prompts:
+            pairs = kind.seen_pairs(int(prompts.begin), math.ceil(prompts.end))
+            device_s += (
+                prompts.rows * pairs * kind.score_flops / device.prompt_attention_flops_per_s
+            )
+            if caches.packed:
+                made_bytes = prompts.tokens * caches.token_bytes
+                device_s += device.pack_s(codec, made_bytes)
+        for steps in visit.steps:
+            num_bytes = steps.rows * caches.kept_in("none").seen_bytes(steps.columns)
+            for computer, share in ((device, 1 - far), (host, far)):
+                if computer is None or not share:
+                    continue
+                taken_s = computer.cache_read_s(kind.queries, share * num_bytes)
+                taken_s += self._pages(steps, caches) * computer.page_s
+                if caches.packed:
+                    taken_s += computer.unpack_s(codec, share * num_bytes)
+                if computer is device:
+                    device_s += taken_s
+                else:
+                    host_s += taken_s
+        if far and visit.steps:
+            rows = far * sum(steps.rows for steps in visit.steps)
+            crossing = rows * self.model.crossing_token_bytes
+            cost.move("device_to_host", crossing / 2)
+            cost.move("host_to_device", crossing / 2)
+            host_s += self.machine.crossing_s
+        cost.host_s += host_s
+        cost.compute_s += max(device_s, host_s)
+
+    def _on_host(self, layer: int, visit: Visit) -> float:
+        """The share of a layer's projections that the CPU multiplies with, where they are at home.
+
+        In sweeps of decode steps only. They are the first of a layer's matrices to be on the host.
+        """
+        if not self.policy.cpu_projections or self.machine.host is None or visit.prompts:
+            return 0.0
+        num_bytes = self.model.projection_bytes / len(self.work.order)
+        return min(1.0, self._splits[layer].host * self.model.layer_bytes[layer] / num_bytes)
+
+    def _projections(self, cost: VisitCost, visit: Visit, layer: int) -> None:
+        """Projections that the CPU does in the device's place, which waits for them."""
+        host, share = self.machine.host, self._on_host(layer, visit)
+        if host is None or not share:
+            return
+        values = share * self.model.projection_flops / 2 / len(self.work.order)
+        taken_s = host.product_s(self._dtype, visit.tokens, values, streamed=True)
+        spared_s = self._product_s(self._dtype, visit.tokens, values, 1.0)
+        cost.host_s += taken_s
+        cost.compute_s += taken_s - spared_s + self.machine.crossing_s
+
+    def _pages(self, steps: Steps, caches: LayerCaches) -> float:
+        """Pages of a batch's columns, as far as a step sees them."""
+        columns = steps.columns
+        if caches.window is not None:
+            columns = min(columns, caches.window)
+        decoded = min(steps.decoded, columns)
+        width = GROUP_TOKENS if caches.packed else self._page_tokens
+        return math.ceil((columns - decoded) / PROMPT_PAGE_TOKENS) + math.ceil(decoded / width)
+
+
+def _of_matrices(matrices: Matrices) -> int:
+    return matrices.plain_values + matrices.packed_values
+
+
+def _values(kind: LayerWork) -> int:
+    experts = kind.num_experts * _of_matrices(kind.expert) if kind.expert else 0
+    return _of_matrices(kind.dense) + experts
