@@ -42,12 +42,12 @@ def test_a_lane_is_found_again_from_what_its_copies_take():
 
 
 def test_a_small_size_counts_as_much_as_a_large_one():
-    # 10 % off at the large one would drown the small ones in a fit of seconds.
-    points = [(1.0, 1.001), (10.0, 1.01), (10_000.0, 11.0 * 1.1)]
+    # Of y = 1 + x / 1000; that the middle one is 20 % off would lift a fit of plain seconds by 0.4.
+    points = [(1.0, 1.001), (5_000.0, 7.2), (10_000.0, 11.0)]
 
     line = fit_line(points)
 
-    assert line.start == pytest.approx(1.0, rel=0.02)
+    assert line.start == pytest.approx(1.0, rel=0.05)
 
 
 @pytest.mark.parametrize(
