@@ -38,6 +38,10 @@ COMMANDS = {
         "say what a run would do and how long it would take, here or on another machine",
     ),
     "bench": ("flexport.cli.bench", "measure generation throughput on synthetic prompts"),
+    "profile": (
+        "flexport.cli.profile",
+        "measure this machine (disk, links, kernels) for a minute, and keep what was found",
+    ),
     "quality": (
         "flexport.cli.quality",
         "measure what packing weights and KV cache does to a model's answers, on any text",

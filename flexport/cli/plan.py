@@ -178,7 +178,7 @@ def _planning(args: argparse.Namespace, source: Source) -> tuple[Planning, Budge
         facts = described
         directory = Path(args.offload_dir or tempfile.gettempdir())
         budgets = default_budgets(facts, asked, directory)
-        machine, numbers = machine_here(facts, name, budgets)
+        machine, numbers = machine_here(facts, name, directory)
     planning = Planning(
         source, facts, machine, numbers=numbers, backend=name, dtype=args.dtype or "auto"
     )

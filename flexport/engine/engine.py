@@ -346,7 +346,7 @@ class Engine:
     def _know(self, facts: Capabilities) -> None:
         """What follows from what a device says of itself."""
         self.budgets = default_budgets(facts, self._asked_budgets, self._offload_dir)
-        machine, numbers = machine_here(facts, self.backend_name, self.budgets)
+        machine, numbers = machine_here(facts, self.backend_name, self._offload_dir)
         if self._asked_machine is not None:
             machine, numbers = self._asked_machine, "asked"
         self._planning = Planning(

@@ -8,12 +8,13 @@ from functools import lru_cache
 from flexport.codecs.compressed import compressed
 from flexport.engine.plan import layer_caches
 from flexport.engine.stored import packed_layout
-from flexport.models.spec import Experts, Layer, ModelSpec
+from flexport.models.spec import Experts, ModelSpec
 from flexport.models.tensors import (
     TensorSpec,
     attention_flops,
     distinct_layers,
     layer_tensors,
+    touched_values,
 )
 from flexport.planner.footprint import LayerCaches
 from flexport.planner.work import LayerWork, Matrices, ModelWork
@@ -57,7 +58,7 @@ def _layer_work(
         else None,
         num_experts=experts.num_experts if experts else 0,
         top_k=experts.top_k if experts else 0,
-        touched_values=touched_values(spec, own),
+        touched_values=touched_values(spec, layer),
         score_flops=attention_flops(spec, layer - 1, 1),
         queries=attention.num_heads // attention.cache_heads,
         window=attention.window,
@@ -81,16 +82,3 @@ def _matrices(tensors: Iterable[TensorSpec], codec: str, published: str | None) 
         else:
             plain += tensor.num_values
     return Matrices(plain_values=plain, packed_values=packed)
-
-
-def touched_values(spec: ModelSpec, layer: Layer) -> int:
-    """Values of one token that a layer's norms, rotations, activations and sums pass through."""
-    attention, mlp = layer.attention, layer.mlp
-    norms = (2 if layer.norms == "both" else 1) * (2 if layer.parallel != "one norm" else 1)
-    turned = attention.query_size + attention.cache_heads * attention.cache_dim
-    if isinstance(mlp, Experts):
-        shared = mlp.shared.size if mlp.shared is not None else 0
-        width = mlp.top_k * (3 * mlp.mlp.size + 3 * spec.hidden_size) + 3 * shared
-    else:
-        width = (3 if mlp.gated else 2) * mlp.size
-    return norms * 3 * spec.hidden_size + 4 * spec.hidden_size + 3 * turned + width

@@ -39,6 +39,7 @@ __all__ = [
     "layer_tensors",
     "num_parameters",
     "owned_tensors",
+    "touched_values",
 ]
 
 Kind = Literal["matrix", "operand", "table", "norm", "bias"]
@@ -352,6 +353,55 @@ def layer_flops(spec: ModelSpec, layer: int) -> int:
                 share = experts.top_k / experts.num_experts
             total += 2 * share * tensor.num_values
     return round(total)
+
+
+def touched_values(spec: ModelSpec, layer: int) -> int:
+    """Values of one token that a layer's work beside its products and its attention passes through.
+
+    That is what goes into norms, turns, activations and sums, what comes out of attention, and what is
+    new in the cache, each counted once. Of experts, those that the token passes: its states are
+    taken to each, and come back. The embedding's are the rows of its tables, and the head's the
+    states before its product; logits are not among them.
+    """
+    hidden = spec.hidden_size
+    if layer == 0:
+        tables = 1 + bool(spec.learned_positions) + spec.embed_norm
+        return tables * hidden
+    if layer == spec.head_layer:
+        return hidden if spec.final_norm else 0
+    own = spec.layers[layer - 1]
+    halves = 2 * hidden  # their sums
+    norms = {"input": 2, "output": 2, "both": 4, "sum": 2}[own.norms]
+    norms -= own.parallel == "one norm"
+    return halves + norms * hidden + _attention_touched(own.attention) + _mlp_touched(spec, own.mlp)
+
+
+def _attention_touched(attention: Attention | LatentAttention) -> int:
+    new = attention.cache_planes * attention.cache_heads * attention.cache_dim
+    total = attention.out_size + new
+    if isinstance(attention, LatentAttention):
+        # Compressed vectors have norms; queries are put together of two parts.
+        turned = (attention.num_heads + 1) * attention.rope_dim
+        return total + turned + attention.query_size + (attention.query_rank or 0) + new
+    keys = attention.num_kv_heads * attention.head_dim
+    if attention.rope is not None:
+        heads = attention.num_heads + attention.num_kv_heads
+        total += heads * attention.rope.num_features
+    if attention.head_norm is not None:
+        total += attention.query_size + keys
+    if attention.clip is not None:
+        total += attention.query_size + 2 * keys
+    return total
+
+
+def _mlp_touched(spec: ModelSpec, mlp: Mlp | Experts) -> int:
+    if isinstance(mlp, Mlp):
+        return (2 if mlp.gated else 1) * mlp.size
+    shared = 0
+    if mlp.shared is not None:
+        shared = _mlp_touched(spec, mlp.shared) + spec.hidden_size
+    moved = 2 * spec.hidden_size
+    return mlp.num_experts + mlp.top_k * (_mlp_touched(spec, mlp.mlp) + moved) + shared
 
 
 def attention_flops(spec: ModelSpec, layer: int, num_keys: int) -> int:

@@ -105,7 +105,8 @@ class Computer:
     memory_bytes_per_s: float
     """What one reader of a large tensor sees."""
     touched_values_per_s: float
-    """What norms, rotations, activations and sums pass through, in values of one token's states."""
+    """What norms, rotations, activations and sums pass through, in values of one token's states:
+    those that `models.tensors.touched_values` counts."""
     prompt_attention_flops_per_s: float
     """Of prompts over themselves: 4 operations a feature, query and key that the query sees."""
     cache_bytes_per_s: Mapping[int, float]
@@ -115,7 +116,7 @@ class Computer:
     """By codec, what a packed cache is unpacked at, in bytes of what becomes of it. Missing: as
     decode steps read it."""
     packed_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
-    """The same, for packing it."""
+    """The same, for packing it: in bytes of what is packed."""
     sampled_values_per_s: float
     """What logits pass through until a token is picked."""
     laid_out_values_per_s: float = math.inf
@@ -203,7 +204,8 @@ class Machine:
     "" is for all that are not named."""
     identity: Mapping[str, str] = field(default_factory=dict)
     """Of a machine that was measured: what the numbers hold for, such as its processor and the
-    versions of what computes. Where one of these differs, they don't."""
+    versions of what computes. Where one of these differs, they don't. A machine that comes with
+    flexport has its device's name here, by which it is found for others like it."""
 
     def __post_init__(self) -> None:
         if self.unified == (self.host is not None):

@@ -40,6 +40,7 @@ def modules_loaded_by(*arguments: str) -> set[str]:
         ["models"],
         ["run", "--help"],
         ["bench", "--help"],
+        ["profile", "--help"],
     ],
     ids=" ".join,
 )
