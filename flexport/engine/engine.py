@@ -28,6 +28,7 @@ from flexport.engine.plan import Plan, cache_bits, model_sizes
 from flexport.engine.source import open_source
 from flexport.engine.trace import Trace
 from flexport.errors import DoesNotFit, OutOfMemory, PolicyError, UsageError
+from flexport.models.spec import LatentAttention
 from flexport.planner.auto import Choice, check, choose
 from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint, page_tokens_for
 from flexport.planner.halving import halved, left_over
@@ -380,6 +381,12 @@ class Engine:
                 f"memory of its own; that of {self._facts.name} is the host's, and all is computed "
                 "where it lies: leave it out"
             )
+        if policy.attn_sparsity < 1 and self._has_latent_attention:
+            raise PolicyError(
+                f"--attn-sparsity {policy.attn_sparsity:g} (a policy's attn_sparsity): the keys of "
+                f"{self.model_name} are its values, too (latent attention), and a step looks at all "
+                "keys, so there is nothing that it could leave where it is; leave it out"
+            )
         needs = self._footprint(job, policy)
         check(needs, policy, self.budgets)
         return Plan(
@@ -403,6 +410,10 @@ class Engine:
                 },
             },
         )
+
+    @property
+    def _has_latent_attention(self) -> bool:
+        return any(isinstance(layer.attention, LatentAttention) for layer in self.spec.layers)
 
     def _footprint(self, job: JobSizes, policy: Policy) -> Footprint:
         facts = self._facts

@@ -50,6 +50,7 @@ class LLM:
         cpu_attention: Literal["auto", "on", "off"] = "auto",
         compress_weights: str = "none",
         compress_cache: Literal["none", "int8", "int4"] = "none",
+        attn_sparsity: float = 1.0,
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
@@ -64,7 +65,8 @@ class LLM:
         `backend` is a registered name, or an open backend, which stays the caller's to close.
 
         `compress_weights` is one of `flexport.policy.WEIGHT_CODECS`, `compress_cache` one of
-        `CACHE_CODECS`.
+        `CACHE_CODECS`. `attn_sparsity` is the share of the tokens whose values decode steps add up,
+        1 for all of them.
 
         `on_plan` is called with each plan before anything of it is done, `show_packing` when weights
         are packed or checked, which may take minutes; `trace` is a file for
@@ -85,7 +87,9 @@ class LLM:
             cpu_attention=_switch("cpu_attention", cpu_attention),
             compress_weights=_codec("compress_weights", compress_weights, WEIGHT_CODECS),
             compress_cache=_codec("compress_cache", compress_cache, CACHE_CODECS),
+            attn_sparsity=attn_sparsity,
         )
+        Policy(attn_sparsity=attn_sparsity)  # which refuses what is no such share
         if policy != "auto" and choice != Choice():
             raise PolicyError(
                 "a policy and options that change it were both given; change the policy instead"

@@ -26,6 +26,7 @@ from flexport.engine.rows import Done, Row
 from flexport.engine.scoring import Score, Scoring
 from flexport.engine.shards import place_weights
 from flexport.engine.source import Source
+from flexport.engine.sparse_step import Sparsity
 from flexport.engine.weights import ModelWeights
 from flexport.engine.work import JobWork, Purpose
 from flexport.errors import OutOfMemory
@@ -188,6 +189,8 @@ class Loaded:
         plan, store = self.plan, self.store
         clock = Clock(self._watch)
         host = self._host_compute()
+        share = plan.policy.attn_sparsity
+        sparsity = Sparsity(share, store) if share < 1 else None
         work = JobWork(
             self.weights,
             store,
@@ -196,6 +199,7 @@ class Loaded:
             clock,
             plan.needs,
             host,
+            sparsity,
         )
         admission = Admission(plan, self._cache_shape(), store, work, batches, host)
         rota = Rota(
@@ -222,6 +226,7 @@ class Loaded:
                 load_s=self._load_s,
                 total_s=time.perf_counter() - started_s,
                 done=done,
+                sparsity=sparsity,
             )
 
         try:
