@@ -41,6 +41,7 @@ from flexport.store.lanes import Watch
 from flexport.store.store import Store
 from flexport.tokenizer import Tokenizer
 from flexport.torch_ops import is_out_of_memory, torch_dtype
+from flexport.torch_ops.attention import forget
 
 __all__ = ["Loaded"]
 
@@ -174,6 +175,7 @@ class Loaded:
         if not self.closed:
             self.closed = True
             self.store.close()
+            forget()  # masks that steps left on the device
             if self._cpu is not None:
                 self._cpu.close()
             with suppress(Exception):  # a copy's error is this job's, and was told

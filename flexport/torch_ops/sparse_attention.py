@@ -71,10 +71,12 @@ def chosen_columns(weights_NHM: Tensor, num_kv_heads: int, kept_N: Sequence[int]
     # The bits of floats that are not negative rise with them. With the column's number below them
     # no two are equal, so what is chosen is not up to whoever sorts.
     order_NKM = weights_NKM.view(torch.int32).to(torch.int64).mul_(1 << 32)
-    order_NKM.add_(torch.arange(num_columns, device=device))
+    # torch.arange makes an empty tensor grow, which not every device lets it do.
+    columns_M = weights_NKM.new_ones(num_columns, dtype=torch.int64).cumsum(0).sub_(1)
+    order_NKM.add_(columns_M)
     top_NKJ: Tensor = order_NKM.topk(most).indices
     kept_N11 = on_device(tuple(kept_N), torch.int64, device)[:, None, None]
-    is_over_N1J = torch.arange(most, device=device) >= kept_N11
+    is_over_N1J = columns_M[:most] >= kept_N11
     columns_NKJ: Tensor = top_NKJ.masked_fill_(is_over_N1J, num_columns).sort(2).values
     return columns_NKJ.masked_fill_(columns_NKJ == num_columns, NO_COLUMN)
 
