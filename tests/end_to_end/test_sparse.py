@@ -51,8 +51,7 @@ from flexport.torch_ops.attention import forget
 
 MEMORY_BYTES = 1 << 30
 BITS = {"none": 0, "int8": 8, "int4": 4}
-PROMPT_LENGTHS = (1, 2, 17, 40, 64, 90, 130)
-MOST_NEW_TOKENS = 90
+PROMPT_LENGTHS = (1, 2, 17, 40, 64, 70, 100)
 VOCABULARY = 97
 
 needs_python_devices = pytest.mark.skipif(
@@ -194,10 +193,12 @@ _PAIR = st.one_of(
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    num_rows = draw(st.integers(1, 6))
+    num_rows = draw(st.integers(1, 4))
     rows = st.integers(0, len(PROMPT_LENGTHS) - 1)
-    lengths = st.one_of(st.integers(1, MOST_NEW_TOKENS), st.just(MOST_NEW_TOKENS))
-    codec = draw(st.sampled_from(["none", "none", "int8", "int4"]))
+    codec = draw(st.sampled_from(["none", "none", "none", "int8", "int4"]))
+    # Packed ones have to fill a group; of others a few pages will do.
+    most = 24 if codec == "none" else 70
+    lengths = st.one_of(st.integers(1, most), st.just(most))
     return Case(
         model=draw(st.sampled_from(SMALL)),
         share=draw(st.sampled_from([0.03, 0.1, 0.3, 0.8])),
@@ -307,7 +308,7 @@ def check(
 
 
 _settings = settings(
-    max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "12")),
+    max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "8")),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -336,7 +337,7 @@ def test_logits_are_those_of_few_values_for_any_policy_on_a_device_with_its_own_
 
 
 @needs_python_devices
-@settings(_settings, max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "6")))
+@settings(_settings, max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "4")))
 @given(case=cases(), unified=st.booleans())
 def test_a_device_that_has_what_the_plan_needs_to_the_byte_is_large_enough(
     case, unified, reference, plan_for, nothing_left

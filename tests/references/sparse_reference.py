@@ -56,7 +56,8 @@ def logits_of(
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
-        return packed_reference.logits_of(model, prompt, ids, bits)
+        logits_LV: Tensor = packed_reference.logits_of(model, prompt, ids, bits)
+        return logits_LV
     finally:
         model.set_attn_implementation(before)
 
