@@ -87,6 +87,10 @@ class Policy:
     compress_cache is what the KV cache is kept in, but for the newest tokens: "none" (the dtype
     computed in), "int8" or "int4". Prompts attend to what they are before it is packed, one layer
     at a time, so they pass all layers in one sweep: sweep_tokens must be 0 then.
+
+    attn_sparsity is the share of the tokens that a row sees whose values a decode step adds up, for
+    each key/value head those of the largest attention weights; the others' stay where they are. 1 is
+    all of them.
     """
 
     weights: Split = Split()
@@ -100,6 +104,7 @@ class Policy:
     cpu_projections: bool = False
     compress_weights: str = "none"
     compress_cache: str = "none"
+    attn_sparsity: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("cpu_attention", "cpu_projections"):
@@ -117,6 +122,13 @@ class Policy:
         if not isinstance(self.sweep_tokens, int) or self.sweep_tokens < 0:
             raise PolicyError(
                 f"sweep_tokens must be >= 0 (0 = no bound), got {self.sweep_tokens!r}"
+            )
+        share: object = self.attn_sparsity
+        # Written so that a NaN is refused too.
+        if isinstance(share, bool) or not (isinstance(share, int | float) and 0 < share <= 1):
+            raise PolicyError(
+                f"attn_sparsity is the share of the values that decode steps add up, above 0 and at "
+                f"most 1 (1 = all), got {share!r}"
             )
         if self.compress_cache not in CACHE_CODECS:
             raise PolicyError(

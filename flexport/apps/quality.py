@@ -50,10 +50,11 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codecs:
-    """What weights and KV cache are packed as."""
+    """What weights and KV cache are packed as, and what share of values decode steps add up."""
 
     weights: str = "none"
     cache: str = "none"
+    attn_sparsity: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Codecs:
@@ -67,12 +68,14 @@ class Codecs:
         return cls(weights=weights, cache=cache)
 
     def __str__(self) -> str:
-        return f"{self.weights},{self.cache}"
+        values = f", {self.attn_sparsity:g} of the values" if self.attn_sparsity < 1 else ""
+        return f"{self.weights},{self.cache}{values}"
 
-    def settings(self) -> dict[str, str]:
-        """Keyword arguments of `flexport.LLM`, and fields of a policy; what is "none" left out."""
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of `flexport.LLM`, and fields of a policy; what is exact left out."""
         asked = {"compress_weights": self.weights, "compress_cache": self.cache}
-        return {name: codec for name, codec in asked.items() if codec != "none"}
+        settings: dict[str, Any] = {name: to for name, to in asked.items() if to != "none"}
+        return settings | ({"attn_sparsity": self.attn_sparsity} if self.attn_sparsity < 1 else {})
 
 
 EXACT = Codecs()

@@ -26,6 +26,7 @@ POLICY_OPTIONS = (
     "cpu_attention",
     "compress_weights",
     "compress_cache",
+    "attn_sparsity",
 )
 """What `flexport.engine.llm.policy_asked` takes beside a policy."""
 
@@ -142,6 +143,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "top, or none, the dtype computed in. It changes the answers a little; needs prompts that "
         "no --sweep-tokens share out (default: none)",
     )
+    plan.add_argument(
+        "--attn-sparsity",
+        type=_share,
+        metavar="SHARE",
+        help="share of the tokens whose values a decode step adds up, those of the largest attention "
+        "weights; the other values stay where the cache lives. 0.1 is a tenth. It changes the "
+        "answers (default: 1, all of them)",
+    )
 
     budgets = parser.add_argument_group(
         "budgets: hard caps; SIZE is e.g. 14GiB, 1.5GB or 800MiB (default: what is free, less a "
@@ -218,3 +227,13 @@ def _whole(text: str, least: int) -> int:
 
 def _natural(text: str) -> int:
     return _whole(text, 0)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return share

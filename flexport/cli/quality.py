@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_codecs,
         metavar="WEIGHTS,CACHE",
-        default=[Codecs.parse(pair) for pair in _DEFAULT_CODECS],
         help="what weights and KV cache are packed as, pair by pair, in the words of "
         "--compress-weights and --compress-cache; none,none, which all are compared with, comes first "
-        f"in any case (default: {' '.join(_DEFAULT_CODECS)})",
+        f"in any case (default: {' '.join(_DEFAULT_CODECS)}; with --attn-sparsity, none,none). With "
+        "--attn-sparsity each pair is measured so, and compared with none,none without it",
     )
     work.add_argument(
         "--text",
@@ -92,16 +92,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the result on stdout; returns the exit code."""
-    settings = _settings(args)
+    settings, attn_sparsity = _without_sparsity(_settings(args))
+    codecs = _asked(args, attn_sparsity)
     is_demo = args.model is None or Path(args.model) == demo.MODEL_DIR
     text = _text(args, is_demo)
     with _open_llm(settings, EXACT) as llm:
         pairs, how = _pairs(llm, text, args)
     num_rows = len(pairs) + (len(demo.expected()) if is_demo else 0)
     found: list[Compared] = []
-    with show_progress(len({EXACT, *args.codecs}) * num_rows) as progress:
+    with show_progress(len({EXACT, *codecs}) * num_rows) as progress:
         for each in compare(
-            partial(_open_llm, settings), args.codecs, pairs, progress, with_demo=is_demo
+            partial(_open_llm, settings), codecs, pairs, progress, with_demo=is_demo
         ):
             found.append(each)
             say(f"flexport: {each.measured.codecs}: perplexity {each.figures.perplexity:.4f}")
@@ -124,6 +125,22 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         if {**policy, **settings}.get(name, "none") != "none":
             raise UsageError(f"{name} is given, and `flexport quality` takes codecs from --codecs")
     return settings
+
+
+def _without_sparsity(settings: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Settings for what is exact, and the share of values that was asked for."""
+    own, attn_sparsity = dict(settings), settings.get("attn_sparsity", 1.0)
+    own.pop("attn_sparsity", None)
+    if "policy" in own:
+        attn_sparsity = own["policy"].attn_sparsity
+        own["policy"] = replace(own["policy"], attn_sparsity=1.0)
+    return own, attn_sparsity
+
+
+def _asked(args: argparse.Namespace, attn_sparsity: float) -> list[Codecs]:
+    """What is measured beside what is exact."""
+    default = [EXACT] if attn_sparsity < 1 else [Codecs.parse(pair) for pair in _DEFAULT_CODECS]
+    return [replace(each, attn_sparsity=attn_sparsity) for each in args.codecs or default]
 
 
 def _open_llm(settings: Mapping[str, Any], codecs: Codecs) -> LLM:
@@ -201,12 +218,14 @@ def _line(found: Compared) -> dict[str, Any]:
     return {
         "weights": own.codecs.weights,
         "cache": own.codecs.cache,
+        "attn_sparsity": own.codecs.attn_sparsity,
         "weight_bits": own.weight_bits,
         "cache_bits": own.cache_bits,
         **asdict(found.figures),
         "tok_s": own.tok_s,
         "seconds": own.report["seconds"],
         "moved_bytes": own.report["moved_bytes"],
+        "sparse_attention": own.report.get("sparse_attention", {}),
         "peak_bytes": own.report["peak_bytes"],
         "policy": own.report["policy"],
         "placement": own.report["placement"],
@@ -243,7 +262,7 @@ def _show(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
 def _table(result: Mapping[str, Any]) -> str:
     """The result for a person to read: a line for each pair of codecs."""
     header = [
-        "weights", "cache", "bits/weight", "bits/KV value", "perplexity", "ratio to exact",
+        "weights", "cache", "values", "bits/weight", "bits/KV value", "perplexity", "ratio to exact",
         "same token", "right token", "tok/s",
     ]  # fmt: skip
     has_demo = "demo" in result["codecs"][0]
@@ -254,6 +273,7 @@ def _table(result: Mapping[str, Any]) -> str:
             [
                 line["weights"],
                 line["cache"],
+                f"{line['attn_sparsity']:.3g}",
                 f"{line['weight_bits']:.2f}",
                 f"{line['cache_bits']:.2f}",
                 f"{line['perplexity']:.4f}",

@@ -131,6 +131,7 @@ class Admission:
             self._dealers,
             columns if is_read else 0,
             self._host_shape,
+            keys_alone=self._policy.attn_sparsity < 1,
         )
         return Batch(
             index=self._num_batches,

@@ -10,7 +10,14 @@ from flexport.policy import Policy
 
 __all__ = ["forget", "joined", "retry", "throughput"]
 
-ADDED_UP = ("moved_bytes", "seconds", "busy_seconds", "wait_seconds", "tokens")
+ADDED_UP = (
+    "moved_bytes",
+    "sparse_attention",
+    "seconds",
+    "busy_seconds",
+    "wait_seconds",
+    "tokens",
+)
 """What several attempts did together."""
 
 BLOCK = ("batch_size", "num_batches", "prefill_tokens", "sweep_tokens")

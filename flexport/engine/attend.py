@@ -1,9 +1,10 @@
 """Attention of a visit's pieces: every new token over its own row's cache, where that lives.
 
 Rows whose cache is on the device, or comes there, are computed on it; decode steps of bands that
-the CPU attends to cross to the host and back. That happens in three rounds over all pieces of a
+the CPU attends to cross to the host and back. That happens in rounds over all pieces of a
 visit (what crosses sets out, the device is given its work, the CPU does its own), so that the two
-compute at the same time.
+compute at the same time. Steps that add up few values (`engine/sparse_step`) only choose in these
+rounds, and there are three more, in which the values come and are added up.
 
 Dimension key: T tokens, N rows of a band, H query heads, K key/value heads, C new columns, L new
 tokens a row, E features of a head.
@@ -12,6 +13,7 @@ tokens a row, E features of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,6 +24,7 @@ from flexport.backend import AttentionSpec, Backend
 from flexport.engine.cache import BatchCache, Held, HeldBands
 from flexport.engine.host_compute import Crossing, HostCompute
 from flexport.engine.packed_pages import pack_prompt_page
+from flexport.engine.sparse_step import SparseStep, Sparsity
 from flexport.models.decoder import Attend
 from flexport.models.spec import Attention, LatentAttention
 from flexport.policy import Tier
@@ -89,7 +92,11 @@ class _Step:
     tokens: slice
     places: list[int]
     """Of the live rows in the band."""
+    index_N: Tensor | None = None
+    """The same, where they are computed on, if other rows have ended."""
     crossing: Crossing | None = None
+    sparse: SparseStep | None = None
+    """What is under way of it, where few values are added up."""
 
 
 class PieceAttention:
@@ -107,6 +114,7 @@ class PieceAttention:
         attention: AttentionSpec,
         num_tokens: int,
         keep: bool,
+        sparsity: Sparsity | None = None,
     ) -> None:
         """`attention` is what all rows of the layer have in common.
 
@@ -120,9 +128,10 @@ class PieceAttention:
         self._piece = piece
         self._held = held
         self._keep = keep
+        self._sparsity = sparsity
         self._steps = list(_steps(live, held)) if piece.rows is None else []
 
-    def send(self, new: _New) -> None:
+    def send(self, new: _New, out_THE: Tensor) -> None:
         """What the CPU needs of the piece's tokens sets out."""
         for step in self._steps:
             if step.held.near is Tier.HOST:
@@ -135,7 +144,8 @@ class PieceAttention:
             self._prefill(new, out_THE)
         for step in self._steps:
             if step.crossing is None:
-                out_THE[step.tokens] = self._step(step, self._backend, new.of(step.tokens))
+                o_NHE = self._begin(step, self._backend, new.of(step.tokens))
+                self._put(step, o_NHE, out_THE)
 
     def on_host(self, new: _New, out_THE: Tensor) -> None:
         """Compute the CPU's part, and send the result to the device."""
@@ -143,9 +153,29 @@ class PieceAttention:
             if step.crossing is not None:
                 assert self._host is not None, "something was sent to a CPU, and there is none"
                 arrived = new.made_of(step.crossing.receive())
-                o_NHE = self._step(step, self._host, arrived)
+                o_NHE = self._begin(step, self._host, arrived)
                 step.crossing.release()
-                self._host.bring(o_NHE, out_THE[step.tokens])
+                self._put(step, o_NHE, out_THE)
+
+    def ask(self, new: _New, out_THE: Tensor) -> None:
+        """Let what was chosen set out from disk."""
+        for step in self._steps:
+            if step.sparse is not None:
+                step.sparse.ask()
+
+    def take(self, new: _New, out_THE: Tensor) -> None:
+        """Let it set out to where it is added up."""
+        for step in self._steps:
+            if step.sparse is not None:
+                step.sparse.take()
+
+    def add_up(self, new: _New, out_THE: Tensor) -> None:
+        """Add up what has come."""
+        for step in self._steps:
+            if step.sparse is not None:
+                with self._computing(step):
+                    o_NHE = step.sparse.result()
+                self._put(step, o_NHE, out_THE)
 
     # ---- prefill
 
@@ -298,13 +328,15 @@ class PieceAttention:
 
     # ---- decode
 
-    def _step(self, step: _Step, kernels: _Attends, new: _New) -> Tensor:
-        """Append a column, and attend; all tensors are where the step's pages are."""
+    def _begin(self, step: _Step, kernels: _Attends, new: _New) -> Tensor | None:
+        """Append a column, and attend; or choose only, and there is no result yet.
+
+        All of `new` is where the step's pages are.
+        """
         band, stop = step.held.band, self._piece.stop
-        index_N: Tensor | None = None
         if len(step.places) < len(band.rows):
-            index_N = torch.tensor(step.places, device=new.q.device)
-            new = new.scattered(index_N, len(band.rows))
+            step.index_N = torch.tensor(step.places, device=new.q.device)
+            new = new.scattered(step.index_N, len(band.rows))
         self._append_step(step.held, new.k, new.v)
         base = band.base + band.edges[min(step.held.leases)]
         spec = replace(
@@ -313,14 +345,37 @@ class PieceAttention:
             starts=self._starts(band.rows, base),
             sinks=new.sinks,
         )
+        if self._sparsity is not None:
+            with self._computing(step):
+                step.sparse = SparseStep(
+                    self._sparsity, self._cache, step.held, new.q, spec, step.places
+                )
+            return None
         parts = []
         for first, last, keys, values in self._cache.unpacked(step.held):
             starts = None if spec.starts is None else spec.starts[first:last]
             own = replace(spec, starts=starts)
             q_NHLE = new.q[first:last].unsqueeze(2)
             parts.append(kernels.attention(q_NHLE, keys, values, own).squeeze(2))
-        o_NHE = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return o_NHE if index_N is None else o_NHE[index_N]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _put(self, step: _Step, o_NHE: Tensor | None, out_THE: Tensor) -> None:
+        """Give the band's live rows what came out for them, if it did."""
+        if o_NHE is None:
+            return
+        if step.index_N is not None:
+            o_NHE = o_NHE[step.index_N]
+        if step.crossing is None:
+            out_THE[step.tokens] = o_NHE
+        else:
+            assert self._host is not None, "something was sent to a CPU, and there is none"
+            self._host.bring(o_NHE, out_THE[step.tokens])
+
+    def _computing(self, step: _Step) -> AbstractContextManager[None]:
+        """What is computed in the body is the CPU's, where it attends to the step."""
+        if step.crossing is None or self._host is None:
+            return nullcontext()
+        return self._host.computing("attention")
 
     def _append_step(self, held: Held, k_NKE: Tensor, v_NKE: Tensor | None) -> None:
         band, column = held.band, self._piece.start - held.band.base
@@ -332,6 +387,16 @@ class PieceAttention:
         keys_NKGE[:, :, at] = k_NKE
         if v_NKE is not None:
             values_NKGE[:, :, at] = v_NKE
+
+
+_ROUNDS = (
+    PieceAttention.send,
+    PieceAttention.on_device,
+    PieceAttention.on_host,
+    PieceAttention.ask,
+    PieceAttention.take,
+    PieceAttention.add_up,
+)
 
 
 def attend_to(pieces: Sequence[PieceAttention]) -> Attend:
@@ -346,12 +411,9 @@ def attend_to(pieces: Sequence[PieceAttention]) -> Attend:
             tokens = slice(at, at + piece.num_tokens)
             own.append((piece, whole.of(tokens), out_THE[tokens]))
             at = tokens.stop
-        for piece, new, _ in own:
-            piece.send(new)
-        for piece, new, out in own:
-            piece.on_device(new, out)
-        for piece, new, out in own:
-            piece.on_host(new, out)
+        for take_turns in _ROUNDS:
+            for piece, new, out in own:
+                take_turns(piece, new, out)
         return out_THE
 
     return attend

@@ -18,6 +18,9 @@ complete, a page of decoded tokens when its last column is filled; till then it 
 attended to, pages are unpacked, some rows of one layer at a time. A prompt that comes in chunks
 passes a layer chunk after chunk, and is kept exact for as long, beside the pages.
 
+Where decode steps add up few values (`engine/sparse_step`), those that are not in place stay at home,
+and only keys are fetched ahead; but of the page that the step writes to, all is.
+
 Rows that have ended are left out of all computing at once; their share of a page goes when less
 than half of a band's rows live, so that all the copying together costs no more than one pass.
 
@@ -30,6 +33,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -103,6 +107,8 @@ class Held:
     """By number of the page."""
     changed: set[int] = field(default_factory=set)
     """Numbers of the pages that the visit has written to."""
+    far: set[int] = field(default_factory=set)
+    """Numbers of the pages whose values stayed at home: the band's first ones, or none."""
 
     @property
     def rows(self) -> list[int]:
@@ -125,16 +131,20 @@ class BatchCache:
         dealers: Mapping[PageShape, Dealer],
         max_columns: int,
         host_shape: CacheShape | None = None,
+        *,
+        keys_alone: bool = False,
     ) -> None:
         """`lengths` are the rows' prompt lengths.
 
         Each kind of layer's dealer says which rows are at home on which tier, layer by layer. Memory
         for max_columns columns (0: nothing is kept) is set aside at once; raises OutOfMemory if there
         is not enough, and then nothing is. Given a host_shape, decode steps of rows at home on
-        host or disk are computed on the CPU, and their pages look like that.
+        host or disk are computed on the CPU, and their pages look like that. With keys_alone, decode
+        steps fetch no values of pages that they don't write to.
         """
         self._shape = shape
         self._host_shape = host_shape
+        self._keys_alone = keys_alone
         self._store = store
         self._lengths = list(lengths)
         self._columns = max(lengths)
@@ -216,7 +226,7 @@ class BatchCache:
         device_bytes, host_bytes = 0, 0
         for held in self._touched(layer, piece):
             for number in self._needed(held.band, piece):
-                ranges = self._ranges(held, number)
+                ranges = self._wanted(held, number, piece)
                 page = held.band.pages[number]
                 both = self._store.staging_bytes(page, ranges, held.near)
                 device_bytes, host_bytes = device_bytes + both[0], host_bytes + both[1]
@@ -227,8 +237,10 @@ class BatchCache:
         touched = self._touched(layer, piece)
         for held in touched:
             for number in self._needed(held.band, piece):
-                page, ranges = held.band.pages[number], self._ranges(held, number)
-                held.leases[number] = self._store.fetch(page, ranges, held.near)
+                page, ranges = held.band.pages[number], self._wanted(held, number, piece)
+                lease = held.leases[number] = self._store.fetch(page, ranges, held.near)
+                if not lease.in_place and self._has_keys_alone(held.band, number, piece):
+                    held.far.add(number)
         return touched
 
     def tickets(self, held: HeldBands) -> list[Ticket]:
@@ -245,7 +257,7 @@ class BatchCache:
                 self._drop_unseen(of_band, piece.stop)
                 if num_live:
                     self._pack_complete(of_band, piece.stop)
-                if num_live and self._should_shrink(band, num_live):
+                if num_live and self._should_shrink(of_band, num_live):
                     self._shrink(of_band, alive, piece.stop)
                     continue
             for number, lease in of_band.leases.items():
@@ -276,9 +288,14 @@ class BatchCache:
         return self._columns - self._lengths[row]
 
     def views(self, held: Held, number: int) -> tuple[Tensor, ...]:
-        """Keys and values of the held rows of a page, each (N, K, G, E); or packed ones."""
+        """Keys and values of the held rows of a page, each (N, K, G, E); or packed ones.
+
+        Of a page that is far, keys alone.
+        """
         low, high = held.band.edges[number : number + 2]
         lease, form = held.leases[number], held.band.form(number)
+        if number in held.far:
+            return form.keys(lease.bytes_B, held.end - held.begin, high - low)
         if not lease.in_place:
             return form.views(lease.bytes_B, held.end - held.begin, high - low)
         views = form.views(lease.bytes_B, len(held.band.rows), high - low)
@@ -293,17 +310,22 @@ class BatchCache:
         return self.views(held, number)
 
     def pages(self, held: Held, first: int, last: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of some of the held rows, page by page."""
+        """Keys and values of some of the held rows, page by page; of pages that are far, keys."""
         views = [self.views(held, number) for number in sorted(held.leases)]
-        return [keys[first:last] for keys, _ in views], [values[first:last] for _, values in views]
+        near = views[len(held.far) :]
+        return [page[0][first:last] for page in views], [page[1][first:last] for page in near]
 
-    def unpacked(self, held: Held) -> Iterator[tuple[int, int, list[Tensor], list[Tensor]]]:
+    def unpacked(
+        self, held: Held, wanted: Literal["both", "keys", "values"] = "both"
+    ) -> Iterator[tuple[int, int, list[Tensor], list[Tensor]]]:
         """First and last of some held rows, and their keys and values page by page; then others.
 
         What is packed is unpacked for as many rows as there is room for; it is valid until the next
-        ones are asked for.
+        ones are asked for. What is not `wanted` is undefined, and values of pages that are far are
+        not among them.
         """
-        band, numbers, num_rows = held.band, sorted(held.leases), held.end - held.begin
+        band, num_rows = held.band, held.end - held.begin
+        numbers = sorted(held.leases)[len(held.far) if wanted == "values" else 0 :]
         packed = band.shape.packed
         widths = {
             number: band.edges[number + 1] - band.edges[number]
@@ -313,6 +335,7 @@ class BatchCache:
         if packed is None or not widths:
             yield 0, num_rows, *self.pages(held, 0, num_rows)
             return
+        planes = {"both": slice(2), "keys": slice(1), "values": slice(1, 2)}[wanted]
         row_bytes = sum(band.shape.page_bytes(1, width) for width in widths.values())
         at_once = min(num_rows, max(1, UNPACKED_BYTES // row_bytes))
         pool = self._store.pool(held.near)
@@ -326,11 +349,12 @@ class BatchCache:
                     if number in widths:
                         width = widths[number]
                         page = band.shape.views(buffer.bytes_B[at:], last - first, width)
-                        unpack(packed, views, page)
+                        unpack(packed, views, page, planes)
                         at += band.shape.page_bytes(last - first, width)
                         views = page
                     keys.append(views[0])
-                    values.append(views[1])
+                    if number not in held.far:
+                        values.append(views[1])
                 yield first, last, keys, values
         finally:
             pool.give_back(buffer)
@@ -405,6 +429,23 @@ class BatchCache:
         last_column = piece.start - 1 - band.first_column(piece.start)
         return range(band.page_of(last_column) + 1)
 
+    def _has_keys_alone(self, band: Band, number: int, piece: Piece) -> bool:
+        """Whether the piece needs no more than the keys of a page, if values can stay at home."""
+        return (
+            self._keys_alone
+            and piece.rows is None
+            and number < band.page_of(piece.start - band.base)
+        )
+
+    def _wanted(self, held: Held, number: int, piece: Piece) -> list[tuple[int, int]] | None:
+        """What is fetched of a page; None is all of it."""
+        band = held.band
+        if not self._has_keys_alone(band, number, piece):
+            return self._ranges(held, number)
+        low, high = band.edges[number : number + 2]
+        num_rows = len(band.rows)
+        return band.form(number).row_ranges(0, num_rows, num_rows, high - low)[:1]
+
     def _page_bytes(self, band: Band, number: int, num_rows: int | None = None) -> int:
         """Bytes of a page, of all the band's rows or of so many."""
         low, high = band.edges[number : number + 2]
@@ -473,11 +514,25 @@ class BatchCache:
         if gone:
             self._promise(band)
 
-    def _should_shrink(self, band: Band, num_live: int) -> bool:
+    def _should_shrink(self, held: Held, num_live: int) -> bool:
         """Whether rewriting the pages pays, and there is room to do it page by page."""
-        return 2 * num_live < len(band.rows) and all(
-            self._store.has_room(self._page_bytes(band, number, num_live), kept.home)
-            for number, kept in band.pages.items()
+        band = held.band
+        return (
+            2 * num_live < len(band.rows)
+            and all(
+                self._store.has_room(self._page_bytes(band, number, num_live), kept.home)
+                for number, kept in band.pages.items()
+            )
+            and all(self._can_come_whole(held, number, num_live) for number in held.far)
+        )
+
+    def _can_come_whole(self, held: Held, number: int, num_live: int) -> bool:
+        """Whether there is room for a page that is far, and for what is to stay of it."""
+        needed = self._store.staging_bytes(held.band.pages[number], None, held.near)
+        kept_bytes = self._page_bytes(held.band, number, num_live)
+        return all(
+            kept_bytes + num_bytes <= pool.free_bytes
+            for num_bytes, pool in zip(needed, (self._store.device, self._store.host), strict=True)
         )
 
     def _shrink(self, held: Held, alive: set[int], stop: int) -> None:
@@ -489,6 +544,11 @@ class BatchCache:
             replace(band, rows=rows, pages={}, promised_bytes=0), 0, len(rows), held.near
         )
         for number, lease in sorted(held.leases.items()):
+            if number in held.far:
+                lease.release()
+                lease = held.leases[number] = self._store.fetch(band.pages[number], None, held.near)
+                lease.ticket.wait()
+                held.far.discard(number)
             smaller.band.num_made = number
             is_open = stop - band.base < band.edges[number + 1]
             if band.shape.packed is not None:

@@ -98,13 +98,25 @@ class HostCompute:
         spec: AttentionSpec,
     ) -> Tensor:
         """As a backend's, in host memory."""
-        with self._computing("attention"):
+        with self.computing("attention"):
             return self._cpu.attention(q_NHLE, keys_NKGE, values_NKGE, spec)
 
     def matmul(self, x_TD: Tensor, weight_FD: Tensor) -> Tensor:
         """As a backend's, in host memory."""
-        with self._computing("projection"):
+        with self.computing("projection"):
             return self._cpu.matmul(x_TD, weight_FD)
+
+    @contextmanager
+    def computing(self, what: str) -> Iterator[None]:
+        """Count the body as its work."""
+        started_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            ended_s = time.perf_counter()
+            self.busy_s += ended_s - started_s
+            if self._watch is not None:
+                self._watch(HOST_COMPUTE, 0, f"{what}, {self._store.label}", started_s, ended_s)
 
     def let_go(self, num_brought: int) -> None:
         """Give back the buffers of the first so many results that were brought.
@@ -127,14 +139,3 @@ class HostCompute:
     def close(self) -> None:
         """Give back all buffers."""
         self.let_go(self._num_let_go + len(self._arriving))
-
-    @contextmanager
-    def _computing(self, what: str) -> Iterator[None]:
-        started_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            ended_s = time.perf_counter()
-            self.busy_s += ended_s - started_s
-            if self._watch is not None:
-                self._watch(HOST_COMPUTE, 0, f"{what}, {self._store.label}", started_s, ended_s)

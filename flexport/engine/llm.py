@@ -37,6 +37,7 @@ def policy_asked(
     cpu_attention: Literal["auto", "on", "off"] = "auto",
     compress_weights: str = "none",
     compress_cache: str = "none",
+    attn_sparsity: float = 1.0,
 ) -> tuple[Policy | None, Choice]:
     """The policy to obey, if one was given, and what is fixed of one that is yet to be found.
 
@@ -56,7 +57,9 @@ def policy_asked(
         cpu_attention=_switch("cpu_attention", cpu_attention),
         compress_weights=_codec("compress_weights", compress_weights, WEIGHT_CODECS),
         compress_cache=_codec("compress_cache", compress_cache, CACHE_CODECS),
+        attn_sparsity=attn_sparsity,
     )
+    Policy(attn_sparsity=attn_sparsity)  # which refuses what is no such share
     if policy == "auto":
         return None, choice
     if choice != Choice():
@@ -90,6 +93,7 @@ class LLM:
         cpu_attention: Literal["auto", "on", "off"] = "auto",
         compress_weights: str = "none",
         compress_cache: Literal["none", "int8", "int4"] = "none",
+        attn_sparsity: float = 1.0,
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
@@ -104,7 +108,8 @@ class LLM:
         `backend` is a registered name, or an open backend, which stays the caller's to close.
 
         `compress_weights` is one of `flexport.policy.WEIGHT_CODECS`, `compress_cache` one of
-        `CACHE_CODECS`.
+        `CACHE_CODECS`. `attn_sparsity` is the share of the tokens whose values decode steps add up,
+        1 for all of them.
 
         `on_plan` is called with each plan before anything of it is done, `show_packing` when weights
         are packed or checked, which may take minutes; `trace` is a file for
@@ -121,6 +126,7 @@ class LLM:
             cpu_attention=cpu_attention,
             compress_weights=compress_weights,
             compress_cache=compress_cache,
+            attn_sparsity=attn_sparsity,
         )
         self.engine = Engine(
             model=None if model is None else str(model),

@@ -26,6 +26,7 @@ from flexport.engine.rows import Done, Row
 from flexport.engine.scoring import Score, Scoring
 from flexport.engine.shards import place_weights
 from flexport.engine.source import Source
+from flexport.engine.sparse_step import Sparsity
 from flexport.engine.weights import ModelWeights
 from flexport.engine.work import JobWork, Purpose
 from flexport.errors import OutOfMemory
@@ -40,6 +41,7 @@ from flexport.store.lanes import Watch
 from flexport.store.store import Store
 from flexport.tokenizer import Tokenizer
 from flexport.torch_ops import is_out_of_memory, torch_dtype
+from flexport.torch_ops.attention import forget
 
 __all__ = ["Loaded"]
 
@@ -177,6 +179,7 @@ class Loaded:
             self.closed = True
             self.store.close()
             self._in_use.close()
+            forget()  # masks that steps left on the device
             if self._cpu is not None:
                 self._cpu.close()
             with suppress(Exception):  # a copy's error is this job's, and was told
@@ -192,6 +195,8 @@ class Loaded:
         plan, store = self.plan, self.store
         clock = Clock(self._watch)
         host = self._host_compute()
+        share = plan.policy.attn_sparsity
+        sparsity = Sparsity(share, store) if share < 1 else None
         work = JobWork(
             self.weights,
             store,
@@ -200,6 +205,7 @@ class Loaded:
             clock,
             plan.needs,
             host,
+            sparsity,
         )
         admission = Admission(plan, self._cache_shape(), store, work, batches, host)
         rota = Rota(
@@ -226,6 +232,7 @@ class Loaded:
                 load_s=self._load_s,
                 total_s=time.perf_counter() - started_s,
                 done=done,
+                sparsity=sparsity,
             )
 
         try:

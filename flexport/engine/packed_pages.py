@@ -20,7 +20,19 @@ from flexport.codecs.cache_groups import AT_ONCE, decode, encode
 from flexport.codecs.plane import Plane
 from flexport.store.direct_io import align_up
 
-__all__ = ["PackedShape", "pack", "pack_prompt_page", "unpack"]
+__all__ = ["PackedShape", "ValueLines", "pack", "pack_prompt_page", "unpack"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueLines:
+    """Where a page of several rows has each column's values: one line of bytes a row and head."""
+
+    first_byte: int
+    row_bytes: int
+    line_bytes: int
+    """Lines of a head lie end to end, and so do a row's heads."""
+    width: int
+    """Lines of a head: the page's columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +64,21 @@ class PackedShape:
             at += num_rows * row_bytes
         return tuple(views)
 
+    def keys(self, bytes_B: Tensor, num_rows: int, width: int) -> tuple[Tensor, ...]:
+        """The same of a page's first plane alone, which is all that there need be of it."""
+        return PackedShape(planes=self.planes[:1]).views(bytes_B, num_rows, width)
+
+    def value_lines(self, num_rows: int, width: int) -> ValueLines:
+        """Where values lie, which are packed along the features: column by column."""
+        _, _, groups, group_bytes = self.planes[-1].shape(width)
+        key_bytes, value_bytes = self._row_bytes(width)
+        return ValueLines(
+            first_byte=num_rows * key_bytes,
+            row_bytes=value_bytes,
+            line_bytes=groups * group_bytes,
+            width=width,
+        )
+
     def _row_bytes(self, width: int) -> list[int]:
         """What one row has of each plane, in whole pages of memory."""
         return [align_up(plane.num_bytes(width)) for plane in self.planes]
@@ -71,9 +98,11 @@ def unpack(
     shape: PackedShape,
     packed_NKRPC: Sequence[Tensor],
     exact_NKGE: Sequence[Tensor],
+    planes: slice = slice(None),
 ) -> None:
-    """Fill an exact page with what was packed."""
-    for plane, exact, packed in zip(shape.planes, exact_NKGE, packed_NKRPC, strict=False):
+    """Fill an exact page, or some planes of it, with what was packed."""
+    all_planes = list(zip(shape.planes, exact_NKGE, packed_NKRPC, strict=False))
+    for plane, exact, packed in all_planes[planes]:
         decode(packed, _lines(plane, exact), plane.groups)
 
 

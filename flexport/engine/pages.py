@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flexport.engine.packed_pages import PackedShape
+from flexport.engine.packed_pages import PackedShape, ValueLines
 from flexport.engine.plan import cache_planes
 from flexport.models.spec import Attention, LatentAttention, ModelSpec
 from flexport.planner.columns import GROUP_TOKENS, edges_of, most_kept, page_sizes, page_widths
@@ -104,15 +104,34 @@ class PageShape:
 
     def views(self, bytes_B: Tensor, num_rows: int, width: int) -> tuple[Tensor, Tensor]:
         """A page's bytes as keys and values, each (N, K, G, E); nothing is copied."""
-        values = bytes_B.view(self.dtype)
-        row_stride = self._plane_bytes(width) // self.dtype.itemsize
-        shape = (num_rows, self.num_kv_heads, width, self.head_dim)
-        outer = (row_stride, width * self.head_dim)
-        by_column, by_feature = (*outer, self.head_dim, 1), (*outer, 1, width)
-        keys_NKGE = values.as_strided(shape, by_feature if self.keys_by_feature else by_column)
+        (keys_NKGE,) = self.keys(bytes_B, num_rows, width)
         if self.num_planes == 1:
             return keys_NKGE, keys_NKGE
-        return keys_NKGE, values[num_rows * row_stride :].as_strided(shape, by_column)
+        values_B = bytes_B[num_rows * self._plane_bytes(width) :]
+        return keys_NKGE, self._plane(values_B, num_rows, width, by_feature=False)
+
+    def keys(self, bytes_B: Tensor, num_rows: int, width: int) -> tuple[Tensor]:
+        """The same of a page's keys alone, which is all that there need be of it."""
+        return (self._plane(bytes_B, num_rows, width, by_feature=self.keys_by_feature),)
+
+    def value_lines(self, num_rows: int, width: int) -> ValueLines:
+        """Where values lie that are no keys: column by column."""
+        assert self.num_planes == 2, "there are no values but the keys"
+        row_bytes = self._plane_bytes(width)
+        return ValueLines(
+            first_byte=num_rows * row_bytes,
+            row_bytes=row_bytes,
+            line_bytes=self.head_dim * self.dtype.itemsize,
+            width=width,
+        )
+
+    def _plane(self, bytes_B: Tensor, num_rows: int, width: int, *, by_feature: bool) -> Tensor:
+        row_stride = self._plane_bytes(width) // self.dtype.itemsize
+        inner = (1, width) if by_feature else (self.head_dim, 1)
+        return bytes_B.view(self.dtype).as_strided(
+            (num_rows, self.num_kv_heads, width, self.head_dim),
+            (row_stride, width * self.head_dim, *inner),
+        )
 
     def _plane_bytes(self, width: int) -> int:
         """What one row has of a page's keys."""

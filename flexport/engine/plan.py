@@ -299,6 +299,9 @@ class Plan:
             if is_on
         ]
         beside = [f"  decode steps use the CPU for {' and '.join(on_cpu)}"] if on_cpu else []
+        share = 100 * policy.attn_sparsity
+        told = f"  decode steps add up the values of {share:.3g} % of the tokens that they see"
+        sparse = [told] if policy.attn_sparsity < 1 else []
         return "\n".join(
             [
                 f"plan: {self.model} on {self.backend} in {self.dtype} ({self.dtype_reason})",
@@ -306,6 +309,7 @@ class Plan:
                 f"  {shape} rows share each sweep over the weights{streams}{pace}",
                 *_compressed(self.compression),
                 *beside,
+                *sparse,
                 *_predicted(self.predicted, self.job, policy.block_size),
                 f"  {_whose(self.machine, self.numbers)}",
             ]

@@ -17,6 +17,7 @@ from flexport.engine.model_work import model_work
 from flexport.engine.plan import Plan, cache_bits, model_sizes
 from flexport.engine.source import Source
 from flexport.errors import PolicyError, UsageError
+from flexport.models.spec import LatentAttention
 from flexport.planner.auto import Choice, check, choose
 from flexport.planner.costs import Costs
 from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint, page_tokens_for
@@ -126,6 +127,12 @@ class Planning:
                 f"memory of its own; that of {self._facts.name} is the host's, and all is computed "
                 "where it lies: leave it out"
             )
+        if policy.attn_sparsity < 1 and self._has_latent_attention:
+            raise PolicyError(
+                f"--attn-sparsity {policy.attn_sparsity:g} (a policy's attn_sparsity): the keys of "
+                f"{self._source.name} are its values, too (latent attention), and a step looks at all "
+                "keys, so there is nothing that it could leave where it is; leave it out"
+            )
         needs = self.footprint(job, policy)
         check(needs, policy, budgets)
         return Plan(
@@ -161,6 +168,11 @@ class Planning:
         published = packings[0].name if packings else None
         work = model_work(self._source.spec, codec, published)
         return predict(Costs(self._sizes(codec), work, job, policy, self.machine, self.dtype))
+
+    @property
+    def _has_latent_attention(self) -> bool:
+        layers = self._source.spec.layers
+        return any(isinstance(layer.attention, LatentAttention) for layer in layers)
 
     def footprint(self, job: JobSizes, policy: Policy) -> Footprint:
         """What the job takes of each tier."""

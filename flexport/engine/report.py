@@ -14,6 +14,7 @@ from flexport.engine.attempts import throughput
 from flexport.engine.clock import Clock
 from flexport.engine.plan import Plan
 from flexport.engine.rows import Done
+from flexport.engine.sparse_step import Sparsity
 from flexport.engine.trace import HOST_COMPUTE
 from flexport.policy import Tier
 from flexport.store.store import Store
@@ -33,6 +34,7 @@ def report(
     load_s: float,
     total_s: float,
     done: Done,
+    sparsity: Sparsity | None,
 ) -> dict[str, Any]:
     """The report as plain data. Sizes are bytes, times seconds.
 
@@ -57,6 +59,7 @@ def report(
             "host": 0 if store.unified else store.host.peak_bytes,
             "disk": store.disk_peak_bytes,
         },
+        "sparse_attention": {} if sparsity is None else sparsity.to_dict(),
         "moved_bytes": {name: moved for name, (moved, _) in lanes.items()},
         "seconds": seconds,
         "busy_seconds": {

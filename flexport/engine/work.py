@@ -22,6 +22,7 @@ from flexport.engine.hidden import HiddenStates
 from flexport.engine.host_compute import HostCompute
 from flexport.engine.layer_lease import LayerLease
 from flexport.engine.rows import Batch, Row
+from flexport.engine.sparse_step import Sparsity
 from flexport.engine.transfer import to_device
 from flexport.engine.turns import VisitTurns
 from flexport.engine.weights import ModelWeights
@@ -85,10 +86,12 @@ class JobWork:
         clock: Clock,
         needs: Footprint,
         host: HostCompute | None = None,
+        sparsity: Sparsity | None = None,
     ) -> None:
         """What is fetched ahead leaves free what `needs` says the rest will take.
 
-        `host` is the CPU beside the device, where the policy asks for one.
+        `host` is the CPU beside the device, where the policy asks for one. With `sparsity`, decode
+        steps add up few values.
         """
         self.batches: dict[int, Batch] = {}
         """Those whose last row has not ended, or for which something is still fetched ahead."""
@@ -96,6 +99,7 @@ class JobWork:
         self._weights = weights
         self._store = store
         self._host = host
+        self._sparsity = sparsity
         self._hidden = HiddenStates(store, activations)
         self._turns: dict[Pieces, VisitTurns] = {}
         """Of groups of pieces that are on their way through the layers."""
@@ -252,6 +256,7 @@ class JobWork:
                 attention=self._attentions[visit.layer - 1],
                 num_tokens=batch.num_tokens(piece),
                 keep=batch.keeps(piece),
+                sparsity=self._sparsity,
             )
             for batch, piece in parts
         ]

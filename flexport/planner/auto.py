@@ -95,7 +95,8 @@ class Choice:
     cpu_projections: bool | None = None
     compress_weights: str = "none"
     compress_cache: str = "none"
-    """Neither is chosen: they change the answers."""
+    attn_sparsity: float = 1.0
+    """None of these is chosen: they change the answers."""
 
 
 def choose(
@@ -208,7 +209,10 @@ class _Sweeps:
         """
         model, policy, rates = self.model, self.policy, self.rates
         mean_tokens = self.job.prompt_tokens + self.job.new_tokens / 2
-        cache_bytes = rows * model.kept_in(policy.compress_cache).seen_bytes(mean_tokens)
+        kept = model.kept_in(policy.compress_cache)
+        cache_bytes = rows * kept.seen_bytes(mean_tokens)
+        # From disk whole grains come, in which there may be a chosen value of any head.
+        linked_bytes = rows * kept.seen_bytes(mean_tokens, policy.attn_sparsity)
         attended_bytes = rows * model.seen_bytes(mean_tokens)
         stream_bytes = model.streamed_bytes(prompt_tokens + rows)
         disk_bytes = policy.weights.disk * stream_bytes + policy.cache.disk * cache_bytes
@@ -219,7 +223,9 @@ class _Sweeps:
         if not self.unified:
             weights, cache = policy.weights, policy.cache
             link_bytes = (weights.disk + weights.host) * stream_bytes
-            far_bytes = (cache.disk + cache.host) * cache_bytes
+            far_bytes = (cache.disk + cache.host) * linked_bytes
+            if policy.attn_sparsity < 1 and cache.device < 1 and not policy.cpu_attention:
+                num_crossings += model.num_layers  # the host waits to hear what was chosen
             if policy.cpu_attention:
                 attended_on_host_bytes = (cache.disk + cache.host) * attended_bytes
                 num_crossings += model.num_layers
@@ -281,6 +287,7 @@ def _blocks(model: ModelSizes, job: JobSizes, fixed: Choice) -> Iterator[Policy]
             sweep_tokens=sweep_tokens,
             compress_weights=fixed.compress_weights,
             compress_cache=fixed.compress_cache,
+            attn_sparsity=fixed.attn_sparsity,
         )
 
 

@@ -58,6 +58,11 @@ GRAIN_BYTES = 4096
 CUT_ROWS = 2
 """What whole rows add to a share at most: half a row at either end of each of two cuts."""
 
+SPARSE_SCORES = 4
+"""Where decode steps choose values: what that takes, in scores and their softmax of full attention.
+Weights stay until values have come; of whoever shares them they are summed up, and sorted with their
+columns in 8 bytes each; and what is sorted comes out with places in 8 bytes more."""
+
 SPILL_SLACK = 0.25
 """Of what is spilled: holes in the spill file that are too small for what is wanted next."""
 
@@ -114,6 +119,16 @@ class LayerCaches:
     def spilled_row_bytes(self, prompt: int, decoded: int, page_tokens: int) -> int:
         """The most that one row takes of the disk in one layer."""
         return _row_bytes(self, prompt, decoded, page_tokens)[1]
+
+    @property
+    def keys(self) -> LayerCaches:
+        """The keys alone."""
+        return replace(self, num_planes=1, packed=self.packed[:1])
+
+    @property
+    def values(self) -> LayerCaches:
+        """The values alone."""
+        return replace(self, num_planes=1, packed=self.packed[-1:])
 
     def seen_bytes(self, tokens: float) -> float:
         """What a decode step reads of a row of so many tokens in one layer."""
@@ -195,9 +210,17 @@ class ModelSizes:
             return self
         return replace(self, caches=tuple(cache.kept_in(codec) for cache in self.caches))
 
-    def seen_bytes(self, tokens: float) -> float:
-        """What a decode step reads of the cache of a row of so many tokens, in all layers."""
-        return sum(cache.num_layers * cache.seen_bytes(tokens) for cache in self.caches)
+    def seen_bytes(self, tokens: float, value_share: float = 1.0) -> float:
+        """What a decode step reads of the cache of a row of so many tokens, in all layers.
+
+        Of values, this share.
+        """
+        seen_bytes = sum(cache.num_layers * cache.seen_bytes(tokens) for cache in self.caches)
+        if value_share == 1:
+            return seen_bytes
+        return seen_bytes - (1 - value_share) * sum(
+            cache.num_layers * cache.values.seen_bytes(tokens) for cache in self.caches
+        )
 
     @property
     def weight_bytes(self) -> int:
@@ -423,6 +446,8 @@ def footprint(
     kinds = [(cache.num_layers, cache.row_bytes(*row)) for cache in model.caches]
     spilled = [(cache.num_layers, cache.spilled_row_bytes(*row)) for cache in model.caches]
     layer_row_bytes = max(of_layer for _, of_layer in kinds)
+    if policy.attn_sparsity < 1 and (is_packed or not is_chunked):
+        layer_row_bytes = _keys_row_bytes(model, job, page_tokens)
     page_row_bytes = _page_row_bytes(model, min(page_tokens, decoded))
     cut_page_bytes = num_batches * len(kinds) * page_row_bytes
     cache_far = policy.cache.disk + (0.0 if unified else policy.cache.host)
@@ -441,6 +466,9 @@ def footprint(
     on_disk = 0.0 if unified and addressable else 1.0
     beside_bytes = _beside_bytes(model, job, policy, visit_rows, num_batches)
     unpacked_bytes = work_bytes = 0
+    chosen_bytes = _chosen_bytes(
+        model, job, policy, visit_rows, num_batches, page_tokens, unified, addressable
+    )
     if is_packed:
         unpacked_bytes = _unpacked_bytes(model, job, batch_rows, page_tokens)
         work_bytes = _pack_work_bytes(model, batch_rows)
@@ -472,19 +500,20 @@ def footprint(
             + (_window_bytes(model, policy, unified, from_disk=True) if on_disk else 0),
         ),
         behind_bytes=(
-            round(drafts_bytes + states_bytes + decoded_bytes + unpacked_bytes),
+            round(drafts_bytes + states_bytes + decoded_bytes + unpacked_bytes + chosen_bytes[0]),
             round(
                 on_disk
                 * (
                     drafts_bytes * (policy.cache.disk > 0)
                     + states_bytes * (policy.activations.disk > 0)
                     + beside_bytes
+                    + chosen_bytes[1]
                 )
             ),
         ),
         work_bytes=visit_tokens * model.work_token_bytes
         + min(visit_rows, HEAD_TOKENS) * model.head_token_bytes
-        + visit_rows * job.columns * model.score_bytes
+        + _step_bytes(model, job, policy, visit_rows)
         + work_bytes,
         unified=unified,
     )
@@ -642,6 +671,79 @@ def _unpacked_bytes(model: ModelSizes, job: JobSizes, batch_rows: int, page_toke
     return min(batch_rows * row_bytes, max(UNPACKED_BYTES, row_bytes))
 
 
+def _chosen_bytes(
+    model: ModelSizes,
+    job: JobSizes,
+    policy: Policy,
+    visit_rows: int,
+    num_batches: int,
+    page_tokens: int,
+    unified: bool,
+    addressable: bool,
+) -> tuple[float, float]:
+    """What values take on device and host that decode steps have chosen, and their way there."""
+    if policy.attn_sparsity == 1:
+        return 0.0, 0.0
+    cuts = -(-visit_rows // min(policy.batch_size, visit_rows))
+    row = (job.prompt_tokens, job.columns - job.prompt_tokens, page_tokens)
+    lines_bytes = max(
+        _kept(policy, job, cache) * cache.values.seen_bytes(1) for cache in model.caches
+    )
+    read_bytes = max(cache.values.row_bytes(*row) for cache in model.caches)
+    columns_bytes = max(_kept(policy, job, cache) for cache in model.caches) * model.score_bytes
+    disk_rows = _rows_of(visit_rows, policy.cache.disk, cuts)
+    far_rows = _rows_of(visit_rows, policy.cache.disk + (not unified) * policy.cache.host, cuts)
+    # Buffers of each band of each batch: lines here and there, and columns.
+    edges_bytes = 3 * 3 * num_batches * GRAIN_BYTES if far_rows else 0
+    if policy.cpu_attention or (unified and addressable):
+        in_place_bytes = disk_rows * (lines_bytes + read_bytes) + edges_bytes
+        return (0.0, in_place_bytes) if policy.cpu_attention else (in_place_bytes, 0.0)
+    return (
+        far_rows * lines_bytes + edges_bytes,
+        far_rows * (lines_bytes + columns_bytes) + disk_rows * read_bytes + edges_bytes,
+    )
+
+
+def _keys_row_bytes(model: ModelSizes, job: JobSizes, page_tokens: int) -> int:
+    """What a decode step fetches of a row in one layer where values stay: but for the newest page's."""
+    decoded = job.columns - job.prompt_tokens
+    return max(
+        cache.keys.row_bytes(job.prompt_tokens, decoded, page_tokens)
+        + cache.page_row_bytes(min(page_tokens, decoded))
+        for cache in model.caches
+    )
+
+
+def _step_bytes(model: ModelSizes, job: JobSizes, policy: Policy, visit_rows: int) -> int:
+    """What attention of a visit's decode steps takes to work in."""
+    score_bytes = visit_rows * job.columns * model.score_bytes
+    if policy.attn_sparsity == 1:
+        return score_bytes
+    batch_rows = min(policy.batch_size, visit_rows)
+    # A page whose rows don't lie end to end is copied to be multiplied with.
+    most = max(
+        (
+            cache.plane_token_bytes * min(PROMPT_PAGE_TOKENS, job.columns)
+            for cache in model.caches
+            if cache.plane_token_bytes % GRAIN_BYTES
+        ),
+        default=0,
+    )
+    num_bytes = SPARSE_SCORES * score_bytes + batch_rows * most
+    if policy.compress_cache != "none":
+        exact_bytes = batch_rows * max(
+            _kept(policy, job, cache) * cache.plane_token_bytes for cache in model.caches
+        )
+        num_bytes += exact_bytes + min(PACK_WORK_BYTES, PACK_WORK_RATIO * exact_bytes)
+    return num_bytes
+
+
+def _kept(policy: Policy, job: JobSizes, cache: LayerCaches) -> int:
+    """The most columns of a row whose values a decode step adds up."""
+    seen = job.columns if cache.window is None else min(job.columns, cache.window)
+    return math.ceil(policy.attn_sparsity * seen)
+
+
 def _pack_work_bytes(model: ModelSizes, batch_rows: int) -> int:
     """What packing and unpacking take beside what is packed, and a row's page in front of that."""
     page_bytes = _page_row_bytes(model, PROMPT_PAGE_TOKENS)
@@ -670,7 +772,7 @@ def _beside_bytes(
     crossing_bytes = 2 * visit_rows * model.crossing_token_bytes
     num_bytes = 0.0
     if policy.cpu_attention and policy.cache.device < 1:
-        num_bytes += crossing_bytes + visit_rows * job.columns * model.score_bytes
+        num_bytes += crossing_bytes + _step_bytes(model, job, policy, visit_rows)
         num_bytes += 4 * num_batches * GRAIN_BYTES
     if policy.cpu_projections and policy.weights.host > 0:
         num_bytes += crossing_bytes + 2 * visit_rows * model.hidden_token_bytes + 8 * GRAIN_BYTES

@@ -37,6 +37,7 @@ __all__ = [
     "attention",
     "check_attention",
     "forget",
+    "on_device",
     "parts",
     "seen_pages",
     "step_weights",
@@ -116,7 +117,7 @@ def check_attention(
 def forget() -> None:
     """Let go of the small tensors that are kept, on all devices; for whoever closes one."""
     _kept_mask.cache_clear()
-    _on_device.cache_clear()
+    on_device.cache_clear()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +246,7 @@ def _shape_scores(scores_nkQIP: Tensor, tile: _Tile, spec: AttentionSpec, in_sco
     elif in_scores != 1.0:
         scores_nkQIM.mul_(in_scores)
     if spec.slopes is not None:
-        slopes_KQ11 = _on_device(spec.slopes, torch.float32, device).view(-1, group, 1, 1)
+        slopes_KQ11 = on_device(spec.slopes, torch.float32, device).view(-1, group, 1, 1)
         columns_M, queries_I1 = mask.positions(device)
         scores_nkQIM.addcmul_(slopes_KQ11[tile.heads], (columns_M - queries_I1).float())
     if mask.hides_any:
@@ -301,7 +302,7 @@ class Mask:
         if self.hides_old:
             hidden.append((columns_M <= queries_I1 - (self.window or 0))[None])
         if self.hides_foreign:
-            starts_n = _on_device(self.starts or (), torch.int64, device)
+            starts_n = on_device(self.starts or (), torch.int64, device)
             hidden.append(columns_M < starts_n[:, None, None])
         return reduce(torch.logical_or, hidden)
 
@@ -315,7 +316,7 @@ def _kept_mask(mask: Mask, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a tensor of the device, uploaded once."""
     # A blocking copy: on some devices one that does not block needs its source to outlive it.
     with torch.inference_mode(False):

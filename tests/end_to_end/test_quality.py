@@ -96,6 +96,25 @@ def test_a_policy_file_says_where_things_live(
     assert result["num_tokens"] == 50
 
 
+@pytest.mark.parametrize("how", ["option", "policy"])
+def test_few_values_are_measured_beside_all_of_them(how, reference, tmp_path, capsys):
+    text, path = tmp_path / "text.txt", tmp_path / "policy.json"
+    text.write_text(TEXT)
+    path.write_text(Policy(attn_sparsity=0.1).to_json())
+    asked = {"option": ["--attn-sparsity", "0.1"], "policy": ["--policy", str(path)]}[how]
+
+    result = quality(
+        capsys, "--model", str(reference().directory), "--text", str(text), *asked,
+        "--max-tokens", "50", "--device-memory", "64MiB", "--dtype", "float32",
+    )  # fmt: skip
+
+    exact, few = result["codecs"]
+    assert (exact["attn_sparsity"], exact["policy"]["attn_sparsity"]) == (1, 1)
+    assert (few["attn_sparsity"], few["policy"]["attn_sparsity"]) == (0.1, 0.1)
+    assert (few["weights"], few["cache"]) == ("none", "none")
+    assert few["perplexity"] != exact["perplexity"]
+
+
 def test_the_embedded_model_has_its_text_and_its_job(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("FLEXPORT_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "quality.json"

@@ -320,3 +320,34 @@ def test_a_packed_cache_on_disk_is_predicted_to_move_its_own_bytes(codec, ratio)
     )
 
     assert speed / packed == pytest.approx(ratio, rel=0.01)
+
+
+# ---- few values
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_few_values_are_predicted_to_cross_the_link_and_all_keys(share):
+    """Where the link is what holds the run back, and of long prompts the cache is all that counts."""
+    job = JobSizes(prompt_tokens=2000, new_tokens=200, num_rows=64)
+    policy = Policy(cache=Split(device=0, host=1), batch_size=64)
+    rates = replace(
+        typical_rates(False), link_bytes_per_s=1e6, flops_per_s=1e18, memory_bytes_per_s=1e15
+    )
+
+    speed, few = (
+        predicted_tok_s(MODEL, job, each, rates, False)
+        for each in (policy, replace(policy, attn_sparsity=share))
+    )
+
+    assert speed / few == pytest.approx((1 + share) / 2, rel=0.01)
+
+
+@given(job=JOBS, budgets=BUDGETS, unified=st.booleans())
+def test_few_values_are_added_up_if_that_was_asked_for(job, budgets, unified):
+    try:
+        policy = pick(job, budgets, unified, Choice(attn_sparsity=0.1))
+    except DoesNotFit:
+        return
+
+    assert policy.attn_sparsity == 0.1
+    assert within(needs_of(job, policy, unified), budgets)

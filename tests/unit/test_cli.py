@@ -180,7 +180,7 @@ def test_options_given_reach_the_engine_under_their_own_names():
         *("--backend", "cpu", "--dtype", "bfloat16", "--batch-size", "8", "--num-batches", "3"),
         *("--prefill-tokens", "512", "--sweep-tokens", "0", "--offload-dir", "spill"),
         *("--percent", "0", "20.5", "50", "50", "100", "0"),
-        *("--cpu-attention", "on", "--compress-cache", "int4"),
+        *("--cpu-attention", "on", "--compress-cache", "int4", "--attn-sparsity", "0.1"),
         *("--device-memory", "14GiB", "--host-memory", "1.5GB", "--disk-memory", "0"),
     )
 
@@ -198,6 +198,7 @@ def test_options_given_reach_the_engine_under_their_own_names():
         "percent": [0.0, 20.5, 50.0, 50.0, 100.0, 0.0],
         "cpu_attention": "on",
         "compress_cache": "int4",
+        "attn_sparsity": 0.1,
         "device_memory": 14 * 2**30,
         "host_memory": 1_500_000_000,
         "disk_memory": 0,
@@ -217,6 +218,10 @@ def test_options_given_reach_the_engine_under_their_own_names():
         ["--percent", "10", "20"],
         ["--cpu-attention", "maybe"],
         ["--compress-cache", "int2"],
+        ["--attn-sparsity", "0"],
+        ["--attn-sparsity", "1.5"],
+        ["--attn-sparsity", "nan"],
+        ["--attn-sparsity", "a tenth"],
     ],
     ids=" ".join,
 )

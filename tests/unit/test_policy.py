@@ -103,6 +103,13 @@ def test_sweep_tokens_may_be_zero_but_not_less(value):
         Policy(sweep_tokens=value)
 
 
+@pytest.mark.parametrize("value", [0, -0.5, 1.01, math.nan, True, "0.1", None])
+def test_a_share_of_values_is_above_0_and_at_most_1(value):
+    assert Policy(attn_sparsity=1).attn_sparsity == 1
+    with pytest.raises(PolicyError, match="attn_sparsity"):
+        Policy(attn_sparsity=value)
+
+
 @pytest.mark.parametrize("name", ["cpu_attention", "cpu_projections"])
 @pytest.mark.parametrize("value", [1, "on", None])
 def test_a_switch_is_true_or_false(name, value):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -236,6 +237,13 @@ def test_a_pair_of_codecs_is_said_as_it_is_shown():
     assert BOTH.settings() == {"compress_weights": "int4", "compress_cache": "int8"}
     assert EXACT.settings() == {}
     assert Codecs.parse("int4:32,none").settings() == {"compress_weights": "int4:32"}
+
+
+def test_few_values_are_said_beside_the_codecs():
+    few = replace(BOTH, attn_sparsity=0.1)
+
+    assert str(few) == "int4,int8, 0.1 of the values"
+    assert few.settings() == {**BOTH.settings(), "attn_sparsity": 0.1}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ J columns that are kept, E features of a head.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -20,10 +19,11 @@ from flexport.torch_ops.attention import step_weights
 from flexport.torch_ops.sparse_attention import (
     NO_COLUMN,
     chosen_columns,
+    kept_weights,
     num_kept,
-    sparse_attention,
-    take_values,
-    weighted_sum,
+    num_seen,
+    sum_of_lines,
+    sum_of_pages,
 )
 
 STEPS = {name: replace(case, queries=1) for name, case in ATTENTION_CASES.items() if case.causal}
@@ -39,6 +39,23 @@ def kept_of(problem, share):
     return [num_kept(share, seen) for seen in seen_N]
 
 
+def sparse_attention(q_NHLE, keys, values, spec, share, num_far=0):
+    """A step whose values of the first `num_far` columns come line by line, the others in pages."""
+    weights_NHM = step_weights(q_NHLE, keys, spec)
+    kept_N = [num_kept(share, seen) for seen in num_seen(spec, len(q_NHLE))]
+    columns_NKJ = chosen_columns(weights_NHM, keys[0].shape[1], kept_N)
+    kept_NHM = kept_weights(weights_NHM, columns_NKJ)
+    far_NKME, near_NKME = torch.cat(list(values), 2).tensor_split([num_far], 2)
+    places_NKJ1 = columns_NKJ.clamp(0, max(0, num_far - 1)).unsqueeze(3)
+    sums_NHE = sum_of_pages(kept_NHM[:, :, num_far:], near_NKME.split(7, 2))
+    if num_far:
+        lines_NKJE = far_NKME.gather(2, places_NKJ1.expand(-1, -1, -1, far_NKME.shape[3]))
+        is_far_NKJ1 = ((columns_NKJ >= 0) & (columns_NKJ < num_far)).unsqueeze(3)
+        lines_NKJE = lines_NKJE.masked_fill(~is_far_NKJ1, 0)
+        sums_NHE = sums_NHE + sum_of_lines(kept_NHM, columns_NKJ, lines_NKJE)
+    return sums_NHE.to(q_NHLE.dtype).unsqueeze(2)
+
+
 def defined_choice(weights_NHM, num_kv_heads, kept_N):
     """Of each row and key/value head: the newest column, and those of the largest sums."""
     group = weights_NHM.shape[1] // num_kv_heads
@@ -49,7 +66,7 @@ def defined_choice(weights_NHM, num_kv_heads, kept_N):
             heads = weights_NHM[n, k * group : (k + 1) * group]
             sums = heads.sum(0).tolist()
             others = sorted(range(newest), key=lambda column: (-sums[column], -column))
-            choice[n, k] = sorted([newest, *others[: kept - 1]])
+            choice[n, k] = sorted([newest, *others][:kept])
     return choice
 
 
@@ -70,10 +87,10 @@ def test_a_step_adds_up_the_chosen_columns_by_the_weights_of_full_attention(name
             for column in choice[n, k]:
                 expected[n, h, 0] += float(weights_NHM[n, h, column]) * values_NKME[n, k, column]
 
-    found = sparse_attention(problem.q_NHLE, problem.keys, problem.values, spec, share)
-
     bound = 1e-5 * max(1.0, float(expected.abs().max()))
-    must_be_close(found, expected, torch.full_like(expected, bound), torch.float32)
+    for num_far in (0, spec.length // 2, spec.length - 1):
+        found = sparse_attention(problem.q_NHLE, problem.keys, problem.values, spec, share, num_far)
+        must_be_close(found, expected, torch.full_like(expected, bound), torch.float32)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -96,10 +113,10 @@ def test_half_precision_loses_no_more_than_full_attention(dtype):
 
 @given(st.data())
 def test_a_choice_is_made_of_the_largest_sums_newest_first(data):
-    """Few levels, so that most weights have many equals."""
+    """Few levels, so that most weights have many equals; 0 is for a row that nobody asks about."""
     num_rows, num_kv_heads, group = (data.draw(st.integers(1, 3)) for _ in range(3))
     num_columns = data.draw(st.integers(1, 12))
-    kept_N = [data.draw(st.integers(1, num_columns)) for _ in range(num_rows)]
+    kept_N = [data.draw(st.integers(0, num_columns)) for _ in range(num_rows)]
     size = num_rows * num_kv_heads * group * num_columns
     levels = data.draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
     weights_NHM = torch.tensor(levels, dtype=torch.float32).view(num_rows, -1, num_columns)
@@ -140,23 +157,20 @@ def test_a_choice_leaves_the_weights_as_they_are():
     weights_NHM = torch.tensor([[[0.5, 0.3, 0.2]]])
     before_NHM = weights_NHM.clone()
 
-    columns_NKJ = chosen_columns(weights_NHM, 1, [2])
-    values_NKJE = torch.ones(1, 1, 2, 1)
+    kept_NHM = kept_weights(weights_NHM, chosen_columns(weights_NHM, 1, [2]))
 
     assert torch.equal(weights_NHM, before_NHM)
     # Of the weights a third is missing, and nothing stands in for it.
-    assert weighted_sum(weights_NHM, columns_NKJ, values_NKJE).item() == pytest.approx(0.7)
+    assert kept_NHM.tolist() == torch.tensor([[[0.5, 0.0, 0.2]]]).tolist()
 
 
-def test_no_value_is_read_that_was_not_chosen():
-    """The others are not numbers, which would show in any sum, though its weight were 0."""
-    columns_NKJ = torch.tensor([[[1, 4]], [[5, NO_COLUMN]]])
-    pages = [torch.full((2, 1, 3, 2), math.nan) for _ in range(2)]
-    pages[0][0, 0, 1], pages[1][0, 0, 1], pages[1][1, 0, 2] = 1.0, 2.0, 3.0
+def test_a_row_that_nobody_asks_about_keeps_nothing():
+    weights_NHM = torch.full((2, 2, 3), 1 / 3)
 
-    taken_NKJE = take_values(pages, columns_NKJ)
+    columns_NKJ = chosen_columns(weights_NHM, 1, [2, 0])
 
-    assert taken_NKJE[:, 0, :, 0].tolist() == [[1.0, 2.0], [3.0, 0.0]]
+    assert columns_NKJ.tolist() == [[[1, 2]], [[NO_COLUMN, NO_COLUMN]]]
+    assert kept_weights(weights_NHM, columns_NKJ)[1].sum() == 0
 
 
 @pytest.mark.parametrize(
