@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,9 +114,11 @@ def test_steps_add_up(caches, prompt, last, page_tokens):
     mean = mean_step_pages(caches, prompt, last, page_tokens)
 
     for name in ("complete_bytes", "newest_bytes", "grown_bytes", "completed_bytes", "num_pages"):
-        assert getattr(mean, name) * last == pytest.approx(sum(getattr(each, name) for each in steps))
+        assert getattr(mean, name) * last == pytest.approx(
+            sum(getattr(each, name) for each in steps)
+        )
     # Every page that a later step attends to as a complete one was completed, or is the prompt's.
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         assert after.complete_bytes <= before.complete_bytes + before.completed_bytes
         assert (after.newest_bytes == 0) == (before.completed_bytes > 0)
     assert steps[-1].completed_bytes == 0

@@ -202,9 +202,7 @@ def test_a_window_bounds_what_is_seen():
 
 def test_chunks_see_what_was_before_them():
     costs = costs_of(Policy(cache=HOST, prefill_tokens=50))
-    chunks = [
-        Visit(prompts=(Prompts(rows=1, begin=begin, end=begin + 50),)) for begin in (0, 50)
-    ]
+    chunks = [Visit(prompts=(Prompts(rows=1, begin=begin, end=begin + 50),)) for begin in (0, 50)]
 
     first, second = (costs.visit(1, chunk) for chunk in chunks)
 
