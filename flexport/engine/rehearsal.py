@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from flexport.planner.costs import LANES, Costs, Prompts, Steps, VisitCost
 from flexport.planner.costs import Visit as Counted
 from flexport.planner.predict import Prediction, prediction_of
-from flexport.schedule.executor import execute
+from flexport.schedule.executor import LAG, execute
 from flexport.schedule.order import BatchPlan, Piece, Rota, Visit
 
 __all__ = ["rehearse"]
@@ -77,7 +77,19 @@ class _Batch:
 
     def live(self, piece: Piece) -> int:
         """Rows that a decode step computes: those that may sample one more token."""
-        step = piece.start - self.columns + 1
+        return self.stepping(piece.stop - self.columns)
+
+    def held(self, piece: Piece) -> int:
+        """Rows whose pages it moves: those that have ended go when they are more than half."""
+        held = len(self.rows)
+        for step in range(1, piece.start - self.columns + 1):
+            live = self.stepping(step)
+            if 2 * live < held:
+                held = live
+        return held
+
+    def stepping(self, step: int) -> int:
+        """Rows that take a decode step; steps are counted from 1."""
         return sum(new > step for _, new in self.rows)
 
 
@@ -112,10 +124,13 @@ class _Stage:
         self._room_bytes = room_bytes
         self._held_bytes = 0.0
         self._layer_bytes: dict[tuple[int, int], float] = {}
-        """Held for a layer of a sweep until its last visit."""
+        """Weights of a layer, held until its last visit of a sweep."""
         self._batches: dict[int, _Batch] = {}
         self._num_batches = self._new_tokens = 0
-        self._ahead: deque[_Fetched] = deque()
+        self._ahead: deque[tuple[Visit, _Fetched]] = deque()
+        self._passed = VisitCost()
+        """The visit that was computed last."""
+        self._recent: deque[Visit] = deque(maxlen=LAG)
         self._known: dict[tuple[int, tuple[Piece, ...], bool], VisitCost] = {}
         self._total = VisitCost()
         self._prefill_s = self._decode_s = self._lap_s = 0.0
@@ -145,7 +160,10 @@ class _Stage:
     # ---- what the loop asks
 
     def has_room_for(self, visit: Visit) -> bool:
-        """Whether it can be fetched beside what was fetched ahead."""
+        """Whether it can be fetched beside what was fetched ahead, and its pages exist."""
+        before = (*(ahead for ahead, _ in self._ahead), *self._recent)
+        if any(visit.shares_pages_with(other) for other in before):
+            return False
         staged_bytes = self._cost(visit).staged_bytes
         return not staged_bytes or self._held_bytes + staged_bytes <= self._room_bytes
 
@@ -154,37 +172,37 @@ class _Stage:
         cost = self._cost(visit)
         self._held_bytes += cost.staged_bytes
         if visit.first:
-            self._layer_bytes[visit.sweep, visit.layer] = cost.staged_bytes
+            self._layer_bytes[visit.sweep, visit.layer] = cost.layer_bytes
         fetched = _Fetched(self, cost)
         for lane in TOWARDS:
             if lane in cost.moved_bytes:
                 self.lanes[lane].asked_s += self._costs.lane_s(lane, cost)
                 fetched.until_s[lane] = self.lanes[lane].asked_s
-        self._ahead.append(fetched)
+        self._ahead.append((visit, fetched))
 
     def ready(self, visit: Visit) -> _Fetched:
         """The visit's copies."""
-        return self._ahead[0]
+        return self._ahead[0][1]
 
     def compute(self, visit: Visit) -> None:
         """Let the time pass; as long as the disk is read, it takes more."""
-        fetched = self._ahead.popleft()
+        self._passed = self._ahead.popleft()[1].cost
+        self._recent.append(visit)
         machine, disk = self._costs.machine, self.lanes["disk_to_host"]
-        left_s = fetched.cost.compute_s
+        left_s = self._passed.compute_s
         both_s = min(left_s / machine.computing_share, disk.left_s / machine.reading_share)
         self.pass_by(both_s, machine.reading_share)
         self.pass_by(left_s - both_s * machine.computing_share)
-        self._total.add(fetched.cost)
+        self._total.add(self._passed)
         if visit.layer == self._costs.num_layers - 1:
             self._end_rows(visit)
 
     def write_back(self, visit: Visit) -> None:
         """Give the lanes what the visit left, and give its memory back."""
-        cost = self._cost(visit)
+        cost = self._passed
         for lane in HOMEWARDS:
             self.lanes[lane].asked_s += self._costs.lane_s(lane, cost)
-        if not visit.first:
-            self._held_bytes -= cost.staged_bytes
+        self._held_bytes -= cost.staged_bytes - cost.layer_bytes
         if visit.last:
             self._held_bytes -= self._layer_bytes.pop((visit.sweep, visit.layer))
         num_tokens = sum(piece.num_tokens for piece in visit.pieces)
@@ -217,12 +235,12 @@ class _Stage:
 
     def _cost(self, visit: Visit) -> VisitCost:
         """What the visit comes to; layers of a kind cost the same in one sweep."""
-        key = (visit.layer, visit.pieces, visit.first)
+        layer = self._costs.alike[visit.layer]
+        key = (layer, visit.pieces, visit.first)
         if key not in self._known:
             if len(self._known) > MOST_KNOWN:
                 self._known.clear()
-            cost = self._costs.visit(visit.layer, self._counted(visit), first=visit.first)
-            self._known[key] = cost
+            self._known[key] = self._costs.visit(layer, self._counted(visit), first=visit.first)
         return self._known[key]
 
     def _counted(self, visit: Visit) -> Counted:
@@ -232,16 +250,33 @@ class _Stage:
             if batch is None:
                 continue
             if piece.rows is None:
-                live = batch.live(piece)
-                decoded = piece.stop - batch.columns
-                steps.append(Steps(rows=live, columns=piece.stop, decoded=decoded))
+                live, held = batch.live(piece), batch.held(piece)
+                steps.append(
+                    Steps(
+                        rows=live,
+                        columns=piece.stop,
+                        decoded=piece.stop - batch.columns,
+                        last=batch.num_steps - 1,
+                        held_rows=held,
+                        sheds=2 * live < held,
+                    )
+                )
                 sampled += live
                 continue
             rows = piece.rows[1] - piece.rows[0]
             length = piece.num_tokens / rows
-            begin = 0.0
+            first, begin = batch.columns - length, 0.0
             if rows == 1:
-                begin = piece.start - (batch.columns - batch.rows[piece.rows[0]][0])
-            prompts.append(Prompts(rows=rows, begin=begin, end=begin + length))
+                first = batch.columns - batch.rows[piece.rows[0]][0]
+                begin = piece.start - first
+            prompts.append(
+                Prompts(
+                    rows=rows,
+                    begin=begin,
+                    end=begin + length,
+                    columns=batch.columns,
+                    first=first,
+                )
+            )
             sampled += rows if piece.stop == batch.columns else 0
         return Counted(prompts=tuple(prompts), steps=tuple(steps), sampled=sampled)

@@ -31,6 +31,7 @@ from flexport.models.rope import Rope
 from flexport.planner.footprint import HEAD_TOKENS, Footprint
 from flexport.policy import Split
 from flexport.process import trim_heap
+from flexport.schedule.executor import LAG
 from flexport.schedule.order import Piece, Visit
 from flexport.store.store import Store
 
@@ -38,12 +39,6 @@ __all__ = ["JobWork", "Purpose"]
 
 TRIM_EVERY_S = 5.0
 """Seconds between two trims of the heap, which cost 0.1 s each for memory to be faulted in again."""
-
-LAG = 2
-"""Visits that a device has to do beside the one that it computes. More would gain nothing, and a
-copy that a reader starts late, when the bytes are there, is behind all that was issued by then. For
-as long pages are not fetched again: what a visit writes comes home when the device has computed
-it, and whoever fetches it waits for that."""
 
 Pieces = tuple[Piece, ...]
 _Part = tuple[Batch, Piece]
@@ -126,7 +121,7 @@ class JobWork:
 
     def has_room_for(self, visit: Visit) -> bool:
         """Whether the visit can be fetched beside what was fetched ahead, and its pages exist."""
-        if any(_same_pages(visit, other) for other in (*self._ahead, *self._recent)):
+        if any(visit.shares_pages_with(other) for other in (*self._ahead, *self._recent)):
             return False
         device_bytes, host_bytes = (
             self._weights.staging_bytes(visit.layer, on_host=self._projecting(visit) is not None)
@@ -344,13 +339,6 @@ def _told(visit: Visit) -> str:
     batches = sorted({piece.batch for piece in visit.pieces})
     told = f"batch {batches[0]}" if len(batches) == 1 else f"batches {batches[0]} to {batches[-1]}"
     return f"layer {visit.layer}, {told}"
-
-
-def _same_pages(visit: Visit, other: Visit) -> bool:
-    """Whether the visit needs pages that the other one, which comes before, writes to."""
-    return visit.layer == other.layer and any(
-        piece.shares_rows_with(before) for piece in visit.pieces for before in other.pieces
-    )
 
 
 def _groups(

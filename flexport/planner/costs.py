@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from flexport.planner.columns import GROUP_TOKENS, PROMPT_PAGE_TOKENS
 from flexport.planner.footprint import (
     JobSizes,
     LayerCaches,
@@ -23,6 +22,7 @@ from flexport.planner.footprint import (
     page_tokens_for,
 )
 from flexport.planner.machine import Computer, Machine
+from flexport.planner.moved_pages import StepPages, mean_step_pages, prompt_pages, step_pages
 from flexport.planner.work import LayerWork, Matrices, ModelWork
 from flexport.policy import Policy, Split
 
@@ -39,6 +39,10 @@ class Prompts:
     rows: float
     begin: float = 0
     end: float
+    columns: float | None = None
+    """Of the batch, whose prompts all end in the last of them; None: of the job's mean prompt."""
+    first: float = 0
+    """Of these, those before the rows' own first one."""
 
     @property
     def tokens(self) -> float:
@@ -53,7 +57,14 @@ class Steps:
     rows: float
     columns: float
     decoded: float = 0
-    """Of these columns, those of decode steps before."""
+    """Of these columns, those of decode steps, this one included."""
+    last: int | None = None
+    """The last step that the batch may take. None: the step is a typical one, of whose pages the
+    mean over the job's steps is counted."""
+    held_rows: float | None = None
+    """Rows whose pages are moved: some that have ended may still lie among them. None: `rows`."""
+    sheds: bool = False
+    """Whether all pages are written anew afterwards, without the rows that have ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +100,8 @@ class VisitCost:
     copies: dict[str, float] = field(default_factory=dict)
     staged_bytes: float = 0.0
     """Memory near the device that what was fetched takes until the visit is over."""
+    layer_bytes: float = 0.0
+    """Of this, the layer's weights, which stay until its last visit is over."""
 
     def move(self, lane: str, num_bytes: float, copies: float = 1.0) -> None:
         """Count some bytes on a lane."""
@@ -136,7 +149,7 @@ class Costs:
         kind = self._kind(layer)
         if first:
             self._stream(cost, layer, visit)
-        self._states(cost, visit)
+        self._states(cost, visit, layer)
         if kind is None:
             if layer:
                 self._head(cost, visit, first)
@@ -154,7 +167,7 @@ class Costs:
             + self._experts_s(kind, visit.tokens, streamed, first)
         )
         self._attention(cost, visit, kind, caches)
-        self._projections(cost, visit, layer)
+        self._projections(cost, visit, layer, caches)
         return cost
 
     @property
@@ -173,6 +186,12 @@ class Costs:
         order = self.work.order
         kinds = [(1 + order.index(kind), order.count(kind)) for kind in sorted(set(order))]
         return [(0, 1), *kinds, (self.num_layers - 1, 1)]
+
+    @cached_property
+    def alike(self) -> list[int]:
+        """Of each layer of the schedule, the first one that costs the same."""
+        order = self.work.order
+        return [0, *(1 + order.index(kind) for kind in order), self.num_layers - 1]
 
     @cached_property
     def load_s(self) -> float:
@@ -247,6 +266,7 @@ class Costs:
             share = self._on_host(layer, visit)
             kept_bytes = share * self.model.projection_bytes / len(self.work.order)
         self._fetched(cost, split.disk * size, max(0.0, split.host * size - kept_bytes))
+        cost.layer_bytes = cost.staged_bytes
 
     def _fetched(
         self, cost: VisitCost, disk_bytes: float, host_bytes: float, copies: float = 1.0
@@ -266,39 +286,65 @@ class Costs:
             cost.move("device_to_host", disk_bytes if machine.unified else disk_bytes + host_bytes)
         cost.move("host_to_disk", disk_bytes)
 
-    def _states(self, cost: VisitCost, visit: Visit) -> None:
+    def _states(self, cost: VisitCost, visit: Visit, layer: int) -> None:
+        """States come from the layer before and go to the one after."""
         split = self.policy.activations
         num_bytes = visit.tokens * self.model.hidden_token_bytes
-        self._fetched(cost, split.disk * num_bytes, split.host * num_bytes)
-        self._written(cost, split.disk * num_bytes, split.host * num_bytes)
+        if layer > 0:
+            self._fetched(cost, split.disk * num_bytes, split.host * num_bytes)
+        if layer < self.num_layers - 1:
+            self._written(cost, split.disk * num_bytes, split.host * num_bytes)
 
     def _cache(self, cost: VisitCost, visit: Visit, caches: LayerCaches) -> None:
-        """Pages come for decode steps and later chunks, new columns go home."""
+        """Pages come for decode steps and later chunks, and go home when they were written to."""
         split = self.policy.cache
         if split.device == 1 or (self.machine.unified and not split.disk):
             return
-        on_host = self.policy.cpu_attention
         for steps in visit.steps:
-            seen = steps.rows * caches.seen_bytes(steps.columns)
-            new = steps.rows * caches.token_bytes
-            pages = self._pages(steps, caches)
-            if on_host:
-                cost.move("disk_to_host", split.disk * seen, pages)
-            else:
-                self._fetched(cost, split.disk * seen, split.host * seen, pages)
-                if caches.packed:
-                    new = steps.rows * sum(caches.packed) / GROUP_TOKENS
-                self._written(cost, split.disk * new, split.host * new)
+            self._stepped(cost, steps, caches)
         for prompts in visit.prompts:
-            if self.job.new_tokens < 2 and not prompts.begin:
-                continue  # nothing will be asked of what is stored
-            before = prompts.rows * caches.seen_bytes(prompts.begin)
-            new = prompts.tokens * (
-                sum(caches.packed) / GROUP_TOKENS if caches.packed else caches.token_bytes
-            )
-            if prompts.begin and not caches.packed:
-                self._fetched(cost, split.disk * before, split.host * before)
-            self._written(cost, split.disk * new, split.host * new)
+            columns = prompts.columns or max(prompts.end, self.job.mean_prompt)
+            begin = round(prompts.first + prompts.begin) if prompts.begin else 0
+            end = round(prompts.first + prompts.end)
+            moved = prompt_pages(caches, round(columns), begin, end, self._page_tokens)
+            fetched_bytes = prompts.rows * moved.fetched_bytes
+            written_bytes = prompts.rows * moved.written_bytes
+            self._fetched(cost, split.disk * fetched_bytes, split.host * fetched_bytes)
+            if self.job.new_tokens > 1 or end < round(columns):  # else nobody will ask for it
+                self._written(cost, split.disk * written_bytes, split.host * written_bytes)
+
+    def _stepped(self, cost: VisitCost, steps: Steps, caches: LayerCaches) -> None:
+        """What a batch's decode step moves of its pages."""
+        split, unified = self.policy.cache, self.machine.unified
+        rows = steps.rows if steps.held_rows is None else steps.held_rows
+        pages = self._step_pages(steps, caches)
+        disk_bytes, host_bytes = (
+            rows * share * pages.complete_bytes for share in (split.disk, split.host)
+        )
+        left_bytes, resting_bytes = rows * pages.grown_bytes, rows * pages.completed_bytes
+        if steps.sheds:
+            left_bytes = steps.rows * (pages.complete_bytes + pages.grown_bytes)
+            resting_bytes = steps.rows * (pages.complete_bytes + pages.completed_bytes)
+        if self.policy.cpu_attention:
+            cost.move("disk_to_host", disk_bytes, pages.num_pages)
+        else:
+            # The newest page of rows at home on disk waits in host memory.
+            far = split.disk + split.host
+            host_bytes += rows * far * pages.newest_bytes
+            self._fetched(cost, disk_bytes, host_bytes, pages.num_pages)
+            self._written(cost, 0.0, far * left_bytes)
+        if unified:
+            self._written(cost, split.disk * resting_bytes, 0.0)
+        else:
+            cost.move("host_to_disk", split.disk * resting_bytes)
+
+    def _step_pages(self, steps: Steps, caches: LayerCaches) -> StepPages:
+        """What the pages of one row of a batch's decode step are."""
+        if steps.last is None:
+            prompt, last = round(self.job.mean_prompt), max(1, round(self.job.mean_new) - 1)
+            return mean_step_pages(caches, prompt, last, self._page_tokens)
+        prompt, step = round(steps.columns - steps.decoded), round(steps.decoded)
+        return step_pages(caches, prompt, step, steps.last, self._page_tokens)
 
     # ---- what is computed
 
@@ -364,7 +410,7 @@ class Costs:
                 if computer is None or not share:
                     continue
                 taken_s = computer.cache_read_s(kind.queries, share * num_bytes)
-                taken_s += self._pages(steps, caches) * computer.page_s
+                taken_s += self._step_pages(steps, caches).num_pages * computer.page_s
                 if caches.packed:
                     taken_s += computer.unpack_s(codec, share * num_bytes)
                 if computer is device:
@@ -373,9 +419,10 @@ class Costs:
                     host_s += taken_s
         if far and visit.steps:
             rows = far * sum(steps.rows for steps in visit.steps)
-            crossing = rows * self.model.crossing_token_bytes
-            cost.move("device_to_host", crossing / 2)
-            cost.move("host_to_device", crossing / 2)
+            # Queries and what is new in the cache go down, results come up.
+            crossing, new = self.model.crossing_token_bytes, caches.token_bytes
+            cost.move("device_to_host", rows * (crossing + new) / 2)
+            cost.move("host_to_device", rows * (crossing - new) / 2)
             host_s += self.machine.crossing_s
         cost.host_s += host_s
         cost.compute_s += max(device_s, host_s)
@@ -390,7 +437,7 @@ class Costs:
         num_bytes = self.model.projection_bytes / len(self.work.order)
         return min(1.0, self._splits[layer].host * self.model.layer_bytes[layer] / num_bytes)
 
-    def _projections(self, cost: VisitCost, visit: Visit, layer: int) -> None:
+    def _projections(self, cost: VisitCost, visit: Visit, layer: int, caches: LayerCaches) -> None:
         """Projections that the CPU does in the device's place, which waits for them."""
         host, share = self.machine.host, self._on_host(layer, visit)
         if host is None or not share:
@@ -400,15 +447,10 @@ class Costs:
         spared_s = self._product_s(self._dtype, visit.tokens, values, 1.0)
         cost.host_s += taken_s
         cost.compute_s += taken_s - spared_s + self.machine.crossing_s
-
-    def _pages(self, steps: Steps, caches: LayerCaches) -> float:
-        """Pages of a batch's columns, as far as a step sees them."""
-        columns = steps.columns
-        if caches.window is not None:
-            columns = min(columns, caches.window)
-        decoded = min(steps.decoded, columns)
-        width = GROUP_TOKENS if caches.packed else self._page_tokens
-        return math.ceil((columns - decoded) / PROMPT_PAGE_TOKENS) + math.ceil(decoded / width)
+        # States go down, and the queries, keys and values that were made of them come up.
+        made_bytes = (self.model.crossing_token_bytes + caches.token_bytes) / 2
+        cost.move("device_to_host", visit.tokens * self.model.hidden_token_bytes)
+        cost.move("host_to_device", visit.tokens * share * made_bytes)
 
 
 def _of_matrices(matrices: Matrices) -> int:

@@ -14,7 +14,13 @@ from typing import Protocol
 from flexport.backend import Ticket
 from flexport.schedule.order import Visit
 
-__all__ = ["Work", "execute"]
+__all__ = ["LAG", "Work", "execute"]
+
+LAG = 2
+"""Visits that a device has to do beside the one that it computes. More would gain nothing, and a
+copy that a reader starts late, when the bytes are there, is behind all that was issued by then. For
+as long pages are not fetched again: what a visit writes comes home when the device has computed
+it, and whoever fetches it waits for that."""
 
 
 class Work(Protocol):

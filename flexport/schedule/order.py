@@ -61,6 +61,12 @@ class Visit:
     steps_only: bool
     """The whole sweep consists of decode steps."""
 
+    def shares_pages_with(self, other: Visit) -> bool:
+        """Whether one of the two needs cache that the other one writes."""
+        return self.layer == other.layer and any(
+            piece.shares_rows_with(before) for piece in self.pieces for before in other.pieces
+        )
+
 
 class BatchPlan:
     """How far one batch has been planned. `ended` is set by whoever samples its tokens."""
