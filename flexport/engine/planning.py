@@ -164,10 +164,14 @@ class Planning:
 
     def predict(self, job: JobSizes, policy: Policy) -> Prediction:
         """How long the job takes on the machine."""
+        return predict(self.costs(job, policy))
+
+    def costs(self, job: JobSizes, policy: Policy) -> Costs:
+        """What the job's visits take there."""
         codec, packings = policy.compress_weights, self._source.packings
         published = packings[0].name if packings else None
         work = model_work(self._source.spec, codec, published)
-        return predict(Costs(self._sizes(codec), work, job, policy, self.machine, self.dtype))
+        return Costs(self._sizes(codec), work, job, policy, self.machine, self.dtype)
 
     @property
     def _has_latent_attention(self) -> bool:

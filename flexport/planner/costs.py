@@ -331,6 +331,12 @@ class Costs:
             # The newest page of rows at home on disk waits in host memory.
             far = split.disk + split.host
             host_bytes += rows * far * pages.newest_bytes
+            # Of complete pages only the values that a step adds up cross the link. From disk whole
+            # grains come, in which there may be one of them of any head.
+            spared = (1 - self.policy.attn_sparsity) * caches.values.seen_bytes(1)
+            host_bytes -= rows * far * pages.complete_bytes * spared / caches.seen_bytes(1)
+            if spared and far and not unified:
+                cost.compute_s += self.machine.crossing_s  # the host hears what was chosen
             self._fetched(cost, disk_bytes, host_bytes, pages.num_pages)
             self._written(cost, 0.0, far * left_bytes)
         if unified:

@@ -72,7 +72,7 @@ def run(model, backend, policy, rows, offload_dir):
         size = policy.batch_size
         batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
         assert llm.plan is not None
-        costs = llm.engine._costs(llm.plan.job, policy)
+        costs = llm.engine._planning.costs(llm.plan.job, policy)
         return llm.report, rehearse(costs, batches, 1 << 40), predict(costs)
 
 
@@ -129,7 +129,7 @@ def test_the_visits_of_a_run_are_those_of_its_rehearsal(
     name, rows, model, nothing_left, monkeypatch
 ):
     """So is what they compute, which follows from their tokens."""
-    diaries: dict[type, list[Any]] = {JobWork: [], _Stage: []}
+    diaries: dict[Any, list[Any]] = {JobWork: [], _Stage: []}
     for kind, diary in diaries.items():
         compute = kind.compute
 
