@@ -236,7 +236,7 @@ def test_the_embedded_demo_is_planned_as_it_is_run(plan):
         (["--plot", "x.svg"], "add --frontier"),
         (["--frontier", "--plot", "x.png"], "SVG"),
         (["--frontier", "--csv", "-", "--json"], "stdout"),
-        (["--machine", "nowhere"], "no machine of that name"),
+        (["--machine", "nowhere"], "no machine named"),
         (["--machine", "nowhere", "--backend", "cpu"], "--backend is of this machine"),
         (["--input", "x", "--prompt-len", "3"], "--prompt-len and --input"),
         (["--max-tokens", "3"], "--gen-len"),
