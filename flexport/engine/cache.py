@@ -510,6 +510,7 @@ class BatchCache:
             band.exact = None
         for number in gone:
             held.leases.pop(number).release()
+            held.far.discard(number)
             self._store.drop(band.pages.pop(number))
         if gone:
             self._promise(band)
