@@ -298,13 +298,17 @@ def test_logits_are_those_of_a_rounded_cache_for_any_policy_on_a_device_with_its
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices written in Python",
 )
-@settings(_settings, max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "6")))
+@settings(_settings, max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "4")))
 @given(case=cases())
 def test_a_device_that_has_what_the_plan_needs_to_the_byte_is_large_enough(
     case, reference, plan_for, nothing_left
 ):
-    """Every byte that is alive on it counts, also of what packing and unpacking take."""
-    found, tight = reference(case.model), replace(case, slack=1.0)
+    """Every byte that is alive on it counts, also of what packing and unpacking take.
+
+    Rows are cut short: such a device is slow, and a second group of tokens is packed as the first.
+    """
+    found = reference(case.model)
+    tight = replace(case, slack=1.0, lengths=[min(length, 70) for length in case.lengths])
     with closing(EmulatedBackend()) as ample:
         budgets = budgets_of(tight, ample, found, plan_for, nothing_left)
 

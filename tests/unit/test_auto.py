@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 
@@ -46,6 +47,9 @@ BUDGETS = st.builds(
     disk_bytes=st.sampled_from([0, 2_000 * MIB, 500_000 * MIB]),
 )
 
+# A choice looks at hundreds of policies, and takes some tenths of a second.
+_settings = settings(max_examples=int(os.environ.get("FLEXPORT_TEST_EXAMPLES", "30")))
+
 
 def pick(job, budgets, unified, fixed=None):
     return choose(MODEL, job, budgets, page_tokens=PAGE_TOKENS, unified=unified, fixed=fixed)
@@ -55,6 +59,7 @@ def needs_of(job, policy, unified):
     return footprint(MODEL, job, policy, PAGE_TOKENS, unified)
 
 
+@_settings
 @given(job=JOBS, budgets=BUDGETS, unified=st.booleans())
 def test_the_chosen_policy_fits_or_there_is_a_refusal_that_says_what_would(job, budgets, unified):
     try:
@@ -76,7 +81,7 @@ def test_the_chosen_policy_fits_or_there_is_a_refusal_that_says_what_would(job, 
         assert within(needs_of(job, policy, unified), budgets)
 
 
-@settings(max_examples=40)
+@_settings
 @given(job=JOBS, budgets=BUDGETS, more=st.integers(0, 20_000 * MIB), unified=st.booleans())
 def test_more_memory_never_predicts_less(job, budgets, more, unified):
     def predicted(found):
@@ -132,6 +137,7 @@ def test_a_step_is_predicted_to_read_what_windows_show():
     assert times[0] == pytest.approx(9 * times[1], rel=0.01)
 
 
+@_settings
 @given(job=JOBS, budgets=BUDGETS, addressable=st.booleans())
 def test_where_memory_is_unified_nothing_is_homed_on_the_host(job, budgets, addressable):
     facts = {"page_tokens": PAGE_TOKENS, "unified": True, "addressable": addressable}
@@ -146,6 +152,7 @@ def test_where_memory_is_unified_nothing_is_homed_on_the_host(job, budgets, addr
     assert needs.device_bytes <= budgets.device_bytes + budgets.host_bytes
 
 
+@_settings
 @given(job=JOBS, unified=st.booleans())
 def test_what_fits_in_memory_stays_there(job, unified):
     ample = Budgets(device_bytes=10**13, host_bytes=10**13, disk_bytes=10**13)
@@ -262,6 +269,7 @@ def test_what_was_asked_of_the_cpu_is_obeyed(asked):
     assert (policy.cpu_attention, policy.cpu_projections) == (asked, asked)
 
 
+@_settings
 @given(job=JOBS, budgets=BUDGETS)
 def test_where_memory_is_one_the_cpu_has_nothing_to_do_beside_the_device(job, budgets):
     try:
@@ -272,8 +280,13 @@ def test_where_memory_is_one_the_cpu_has_nothing_to_do_beside_the_device(job, bu
     assert not (policy.cpu_attention or policy.cpu_projections)
 
 
-@pytest.mark.parametrize("codec", ["none", "int8", "int4"])
-@given(job=JOBS, budgets=BUDGETS, unified=st.booleans())
+@_settings
+@given(
+    codec=st.sampled_from(["none", "int8", "int4"]),
+    job=JOBS,
+    budgets=BUDGETS,
+    unified=st.booleans(),
+)
 def test_a_cache_is_packed_if_that_was_asked_for_and_then_no_prompt_is_shared_out(
     codec, job, budgets, unified
 ):
@@ -342,6 +355,7 @@ def test_few_values_are_predicted_to_cross_the_link_and_all_keys(share):
     assert speed / few == pytest.approx((1 + share) / 2, rel=0.01)
 
 
+@_settings
 @given(job=JOBS, budgets=BUDGETS, unified=st.booleans())
 def test_few_values_are_added_up_if_that_was_asked_for(job, budgets, unified):
     try:
