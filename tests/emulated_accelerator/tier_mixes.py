@@ -14,6 +14,7 @@ __all__ = [
     "any_mix",
     "block_of",
     "expected_of",
+    "is_unified",
     "options",
     "prompts_of",
     "reference_of",
@@ -63,6 +64,11 @@ def reference_of(number: int, reference: Any) -> Any:
 def block_of(number: int) -> dict[str, int]:
     """The shape of block that goes with a mix."""
     return BLOCKS[(number + number // 4) % 4]
+
+
+def is_unified(number: int) -> bool:
+    """Whether memory is one with a mix: for half of each checkpoint's and each block's."""
+    return (number % 4 // 2 + number // 4) % 2 == 1
 
 
 def options(
