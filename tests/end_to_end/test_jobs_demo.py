@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from flexport import demo
+from flexport.cli.main import main
 
 
 def test_flexport_run_alone_runs_the_embedded_job_and_says_how_well_it_went() -> None:
@@ -25,11 +26,10 @@ def test_flexport_run_alone_runs_the_embedded_job_and_says_how_well_it_went() ->
 
 def test_the_demo_with_an_output_keeps_a_row_for_every_record(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    arguments = [sys.executable, "-m", "flexport", "run", "--output", str(output)]
 
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    code = main(["run", "--output", str(output)])
 
-    assert done.returncode == 0, done.stderr
+    assert code == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert sorted(row["id"] for row in rows) == sorted(demo.expected())
     assert demo.accuracy(rows).share >= 0.95

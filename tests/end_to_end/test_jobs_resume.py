@@ -10,6 +10,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 def kill_once_it_has(process: subprocess.Popen[bytes], output: Path, num_bytes: int) -> bool:
     """Kill the process when the output is that large; False if it ended by itself before."""
     while process.poll() is None:
+        time.sleep(1e-3)  # to look all the time would take a core from it
         if output.exists() and output.stat().st_size >= num_bytes:
             process.kill()
             process.wait()
@@ -125,6 +127,7 @@ def test_a_living_job_has_the_lock_and_a_killed_one_leaves_none(tmp_path: Path) 
         process.stdin.flush()  # and it waits for more
         while not output.exists() or output.stat().st_size == 0:
             assert process.poll() is None
+            time.sleep(1e-3)
 
         try:
             with pytest.raises(UsageError, match="another run is writing"):
