@@ -70,9 +70,10 @@ def install() -> str:
         say(f"making {VENV}")
         venv.create(VENV, with_pip=True, symlinks=os.name != "nt")
     say("installing flexport and its test tools")
-    quiet = ("--quiet", "--disable-pip-version-check")
+    # Most of what torch and transformers bring is never imported; what is, is compiled then.
+    how = ("--quiet", "--disable-pip-version-check", "--no-compile")
     subprocess.run(
-        [python, "-m", "pip", "install", *quiet, "-c", "ci/constraints.txt", "-e", ".[dev]"],
+        [python, "-m", "pip", "install", *how, "-c", "ci/constraints.txt", "-e", ".[dev]"],
         cwd=ROOT,
         check=True,
     )
@@ -92,9 +93,13 @@ def run_step(python: str, step: str, for_pytest: Sequence[str]) -> bool:
 
 
 def parallel(for_pytest: Sequence[str]) -> tuple[str, ...]:
-    """Two processes, unless the caller says how many."""
+    """Two processes, unless the caller says how many.
+
+    Each takes a half of the tests in their order, and then what the other has left: tests that
+    share a model mostly run where it was made.
+    """
     said = any(argument.startswith(("-n", "--numprocesses")) for argument in for_pytest)
-    return () if said else ("-n", "2")
+    return () if said else ("-n", "2", "--dist", "worksteal")
 
 
 def environment() -> dict[str, str]:
