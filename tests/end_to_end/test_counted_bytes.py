@@ -129,7 +129,7 @@ def test_the_visits_of_a_run_are_those_of_its_rehearsal(
     name, rows, model, nothing_left, monkeypatch
 ):
     """So is what they compute, which follows from their tokens."""
-    diaries: dict[type, list[Any]] = {JobWork: [], _Stage: []}
+    diaries: dict[Any, list[Any]] = {JobWork: [], _Stage: []}
     for kind, diary in diaries.items():
         compute = kind.compute
 
