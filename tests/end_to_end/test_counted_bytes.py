@@ -38,6 +38,7 @@ POLICIES = {
     "cache packed": Policy(cache=DISK, compress_cache="int8", batch_size=8),
     "prompts in chunks": Policy(cache=DISK, prefill_tokens=24, batch_size=4, num_batches=2),
     "states everywhere": Policy(activations=MIXED, batch_size=4, num_batches=2),
+    "block after block": Policy(weights=DISK, cache=HOST, batch_size=2, num_batches=2),
     "paced": Policy(weights=DISK, cache=HOST, batch_size=2, num_batches=4, sweep_tokens=128),
 }
 ON_CPU = {
@@ -105,7 +106,8 @@ def test_the_bytes_of_a_run_are_those_of_its_rehearsal(name, discrete, rows, mod
 
     check(rehearsed.moved_bytes, report, policy, "rehearsal")
     assert rehearsed.new_tokens == report["tokens"]["generated"]
-    if rows == "alike" and name != "paced":
+    # The closed form does not know that a batch of the next block begins a sweep before the others.
+    if rows == "alike" and name not in ("block after block", "paced"):
         check(closed.moved_bytes, report, policy, "closed form")
         assert closed.new_tokens == report["tokens"]["generated"]
 
@@ -124,7 +126,7 @@ def test_so_they_are_on_an_accelerator(name, model, nothing_left):
 
 
 @pytest.mark.parametrize("rows", list(ROWS))
-@pytest.mark.parametrize("name", ["cache everywhere", "prompts in chunks", "paced"])
+@pytest.mark.parametrize("name", ["block after block", "prompts in chunks", "paced"])
 def test_the_visits_of_a_run_are_those_of_its_rehearsal(
     name, rows, model, nothing_left, monkeypatch
 ):
