@@ -93,5 +93,5 @@ PUBLISHED = (
     _setting("175b", 256, (96, 3), ON_HOST, 2.26, "4 bits", **_PACKED),
 )
 """One T4, 32 new tokens. "suite" is what comments in the authors' benchmark suite say; "figure 1" was
-read off, and its shapes are guessed from the blocks; of the ablation's rows, "no search" is from
-secondary sources."""
+read off, and its shapes are guessed from the blocks; the ablation's rows are as
+summaries of the paper quote them, and "no search" is from memory, not checked."""
