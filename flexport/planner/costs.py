@@ -441,6 +441,8 @@ class Costs:
         if not self.policy.cpu_projections or self.machine.host is None or visit.prompts:
             return 0.0
         num_bytes = self.model.projection_bytes / len(self.work.order)
+        if not num_bytes:  # all of them lie as the CPU does not multiply
+            return 0.0
         return min(1.0, self._splits[layer].host * self.model.layer_bytes[layer] / num_bytes)
 
     def _projections(self, cost: VisitCost, visit: Visit, layer: int, caches: LayerCaches) -> None:

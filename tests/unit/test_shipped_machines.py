@@ -46,7 +46,8 @@ def test_the_machines_people_ask_for_are_there():
 def test_the_t4_is_the_paper_s():
     machine = shipped("t4")
 
-    assert machine.disk_read.bytes_per_s == 1.6e9
+    assert machine.disk_read.bytes_per_s == 2.8e9
+    assert machine.source_of("disk_read").startswith("paper")
     assert machine.up is not None
     assert machine.up.bytes_per_s == 12e9
     assert machine.host_bytes <= 208e9
