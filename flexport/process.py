@@ -22,9 +22,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 SETTINGS = {
     # How long GNU OpenMP's threads spin at a barrier before they sleep. With their default a busy
-    # neighbour on one core makes small kernels 10 to 40 times slower; this costs 10 % on an idle
-    # one.
-    "GOMP_SPINCOUNT": "1000",
+    # neighbour on one core makes small kernels 10 to 40 times slower. With 1000 a decode step takes
+    # 10 % longer on idle cores than with more, for threads are asleep when the next kernel comes;
+    # this is as quick as more there, and 1.25 times as slow as 1000 beside a busy neighbour.
+    "GOMP_SPINCOUNT": "3000",
     # Kernels that oneDNN, and torch's layer over it, keep: one for each number of tokens and
     # shape of a weight, of some hundred kB each. The default of both is 1024.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",

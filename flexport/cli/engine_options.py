@@ -26,6 +26,7 @@ POLICY_OPTIONS = (
     "cpu_attention",
     "compress_weights",
     "compress_cache",
+    "max_latency",
     "attn_sparsity",
 )
 """What `flexport.engine.llm.policy_asked` takes beside a policy."""
@@ -82,8 +83,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         metavar="auto|FILE",
         default="auto",
-        help="auto: as much as fits on the fastest tier and the largest block that the budgets "
-        "allow; FILE: a policy as JSON, which then says all of this group (default: auto)",
+        help="auto: the shares and the block that are predicted to be fastest within the budgets; "
+        "FILE: a policy as JSON, which then says all of this group (default: auto)",
     )
     plan.add_argument(
         "--percent",
@@ -129,19 +130,28 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plan.add_argument(
         "--compress-weights",
-        choices=WEIGHT_CODECS,
-        metavar="none|int8|int4|int4:GROUP",
+        choices=(*WEIGHT_CODECS, "auto"),
+        metavar="none|int8|int4|int4:GROUP|auto",
         help="pack the matrices of the decoder layers, where they rest and where they travel, in 8 "
         "bits (a scale a row) or in 4 (a scale and a zero for each 64 features, or GROUP: 32, 64, "
-        "128, 256); made once and kept, see `flexport pack` (default: none)",
+        "128, 256); made once and kept, see `flexport pack`; auto: none, int8 or int4, whichever is "
+        "predicted to be fastest (default: none)",
     )
 
     plan.add_argument(
         "--compress-cache",
-        choices=CACHE_CODECS,
+        choices=(*CACHE_CODECS, "auto"),
         help="what the KV cache is kept in, but for the newest tokens: 8 or 4 bits a value, scales on "
         "top, or none, the dtype computed in. It changes the answers a little; needs prompts that "
-        "no --sweep-tokens share out (default: none)",
+        "no --sweep-tokens share out; auto: whichever is predicted to be fastest (default: none)",
+    )
+    plan.add_argument(
+        "--max-latency",
+        type=_seconds,
+        metavar="SECONDS",
+        help="the most that may be predicted for a block, from the beginning of its first prompt to "
+        "its last token (of a micro-batch, where rows come and go all the time); loading the model "
+        "is not in it (default: no bound, the most tokens a second)",
     )
     plan.add_argument(
         "--attn-sparsity",
@@ -213,6 +223,16 @@ def _size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds > 0")
+    return number
 
 
 def _whole(text: str, least: int) -> int:

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from flexport.cli.table import columns
-from flexport.engine.frontier import Point
+from flexport.planner.search import Point
 from flexport.policy import Policy, Split
 from flexport.units import format_seconds, format_tok_s
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from flexport.cli.engine_options import (
     positive,
 )
 from flexport.engine.comparison import lane_table
-from flexport.engine.frontier import Point, frontier
 from flexport.engine.limits import budgets_of, default_budgets
 from flexport.engine.llm import policy_asked
 from flexport.engine.machines import Numbers, machine_here, machine_named
@@ -32,6 +32,7 @@ from flexport.engine.source import Source, open_source
 from flexport.errors import StorageError, UsageError
 from flexport.intake.encode import Encoder
 from flexport.planner.footprint import JobSizes
+from flexport.planner.search import Gain, Point, frontier, gains
 from flexport.policy import Budgets
 from flexport.records import SamplingParams
 from flexport.registry import describe_backend, open_backend, which_backend
@@ -45,6 +46,20 @@ _STANDARD = "-"
 ASKED: Numbers = "asked"
 _LENGTHS = {"prompt_len": 128, "gen_len": 32, "num_prompts": 64}
 _MAX_TOKENS = 128
+
+_THINGS = {
+    "device": "device memory",
+    "host": "host memory",
+    "disk": "disk",
+    "disk_to_host": "reading from disk",
+    "host_to_disk": "writing to disk",
+    "host_to_device": "the link to the device",
+    "device_to_host": "the link back",
+}
+"""What may be had more of, for people."""
+
+WORTH_TELLING = 1.01
+"""How many times the rate it must bring."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,8 +128,9 @@ def run(args: argparse.Namespace) -> int:
     job = _job(args, source)
     planning.check_length(job.prompt_tokens, job.new_tokens)
     plan = planning.plan(job, budgets, policy, choice)
-    points = frontier(planning, job, budgets, choice) if args.frontier else []
-    _show(args, plan, points)
+    task = planning.task(job, budgets, choice)
+    more = gains(task, task.planned(plan.policy)) if policy is None else []
+    _show(args, plan, more, frontier(task) if args.frontier else [])
     return 0
 
 
@@ -226,7 +242,7 @@ def _job(args: argparse.Namespace, source: Source) -> JobSizes:
     return job_of(requests, num_rows)
 
 
-def _show(args: argparse.Namespace, plan: Plan, points: list[Point]) -> None:
+def _show(args: argparse.Namespace, plan: Plan, more: list[Gain], points: list[Point]) -> None:
     """All that was asked for, on stdout and in files."""
     for option, text in (
         (args.csv, shown.as_csv(points)),
@@ -240,13 +256,29 @@ def _show(args: argparse.Namespace, plan: Plan, points: list[Point]) -> None:
             except OSError as error:
                 raise StorageError(f"can't write {option}: {error.strerror}") from error
     if args.json:
-        print(json.dumps(_as_dict(plan, points), indent=2))
+        print(json.dumps(_as_dict(plan, more, points), indent=2))
     elif args.csv != _STANDARD:
         parts = [plan.describe(), lane_table(plan.predicted)]
+        if more:
+            parts.append(_told(more, plan.predicted.tok_s))
         print("\n\n".join([*parts, shown.as_table(points)] if points else parts))
 
 
-def _as_dict(plan: Plan, points: list[Point]) -> dict[str, Any]:
+def _told(more: list[Gain], tok_s: float) -> str:
+    """What would make it quicker, and what would not."""
+    worth = [gain for gain in more if gain.tok_s >= WORTH_TELLING * tok_s]
+    if not worth:
+        things = ", ".join(f"{gain.more} of {_THINGS[gain.what]}" for gain in more)
+        return f"none of these would bring a per cent: {things}"
+    lines = [
+        f"  {gain.more} more of {_THINGS[gain.what]}: {gain.tok_s:.3g} tok/s, "
+        f"{100 * (gain.tok_s / tok_s - 1):+.0f} %"
+        for gain in sorted(worth, key=lambda gain: -gain.tok_s)
+    ]
+    return "\n".join(["what would bring more:", *lines])
+
+
+def _as_dict(plan: Plan, more: list[Gain], points: list[Point]) -> dict[str, Any]:
     """The plan, and under "policy" what `flexport run --policy` takes of it."""
     found: dict[str, Any] = {
         "model": plan.model,
@@ -255,6 +287,8 @@ def _as_dict(plan: Plan, points: list[Point]) -> dict[str, Any]:
         "machine": {"name": plan.machine.name, "numbers": plan.numbers},
         **plan.to_dict(),
     }
+    if more:
+        found["gains"] = [asdict(gain) for gain in more]
     if points:
         found["frontier"] = [
             {"latency_s": latency_s, "tok_s": tok_s, "policy": policy.to_dict()}

@@ -127,6 +127,8 @@ def _of_computer(computer: Computer) -> Iterator[tuple[str, str]]:
         yield f"decoded_values_per_s[{codec}]", _billions(rate)
     yield "memory_bytes_per_s", format_rate(computer.memory_bytes_per_s)
     yield "touched_values_per_s", _billions(computer.touched_values_per_s)
+    if computer.stepped_values_per_s is not None:
+        yield "stepped_values_per_s", _billions(computer.stepped_values_per_s)
     prompt = computer.prompt_attention_flops_per_s
     yield "prompt_attention_flops_per_s", f"{prompt / 1e9:.0f} GFLOP/s"
     for queries, rate in computer.cache_bytes_per_s.items():

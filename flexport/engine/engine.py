@@ -31,10 +31,10 @@ from flexport.engine.planning import KnownSizes, Planning, job_of
 from flexport.engine.source import open_source
 from flexport.engine.trace import Trace
 from flexport.errors import DoesNotFit, OutOfMemory, UsageError
-from flexport.planner.auto import Choice
 from flexport.planner.footprint import JobSizes
 from flexport.planner.halving import halved, left_over
 from flexport.planner.machine import Machine
+from flexport.planner.task import Choice
 from flexport.policy import Budgets, Policy
 from flexport.records import Completion, Request
 from flexport.registry import describe_backend, open_backend
@@ -196,7 +196,11 @@ class Engine:
             mean_prompt_tokens=report["tokens"]["prompt"] / num_rows,
             mean_new_tokens=report["tokens"]["generated"] / num_rows,
         )
-        compared = {"comparison": comparison(self._planning.predict(ended, plan.policy), report)}
+        compared = {
+            "comparison": comparison(
+                self._planning.predict(ended, plan.policy, plan.budgets), report
+            )
+        }
         fixed = self._choice.weights is not None or self._choice.cache is not None
         return compared | {
             "warnings": warnings(
@@ -363,8 +367,9 @@ class Engine:
     def _refuse_what_never_fits(self, facts: Capabilities) -> None:
         """Raise DoesNotFit, in a fraction of the time that opening the device takes."""
         self._know(facts)
+        smallest = JobSizes(prompt_tokens=1, new_tokens=1, num_rows=1)
         try:
-            self._make_plan(JobSizes(prompt_tokens=1, new_tokens=1, num_rows=1))
+            self._planning.need_room(smallest, self.budgets, self._policy, self._choice)
         except DoesNotFit as error:
             raise DoesNotFit(
                 f"{error}; this is for a row of one token, others take more"
@@ -404,7 +409,12 @@ class Engine:
         choice = self._choice
         if self._loaded is not None and self.plan is not None:  # what is loaded stays there
             loaded = self.plan.policy
-            choice = replace(choice, weights=loaded.weights, cpu_projections=loaded.cpu_projections)
+            choice = replace(
+                choice,
+                weights=loaded.weights,
+                cpu_projections=loaded.cpu_projections,
+                compress_weights=loaded.compress_weights,
+            )
         return self._planning.plan(job, self.budgets, policy or self._policy, choice)
 
     def _decodes(self, form: Compressed) -> bool:

@@ -84,11 +84,14 @@ class HiddenStates:
         self._states[pieces] = states
 
     def prefetch(self, pieces: Pieces) -> None:
-        """Start fetching a group's states, if they are known already."""
+        """Start fetching a group's states, if they are known already.
+
+        They are needed at once, or nearly so, and weights of layers far ahead stand in line already.
+        """
         states = self._states.get(pieces)
         for away in states.away if states else ():
             if away.lease is None:
-                away.lease = self._store.fetch(away.kept)
+                away.lease = self._store.fetch(away.kept, urgent=True)
 
     def take(self, pieces: Pieces) -> Tensor:
         """The group's states (T, D), which are the caller's from now on."""

@@ -11,7 +11,7 @@ from flexport.backend import Backend
 from flexport.engine.engine import Engine
 from flexport.engine.plan import Plan
 from flexport.errors import PolicyError, RowError, UsageError
-from flexport.planner.auto import Choice
+from flexport.planner.task import Choice
 from flexport.policy import CACHE_CODECS, WEIGHT_CODECS, Policy
 from flexport.records import CompletionOutput, Request, RequestOutput, SamplingParams
 from flexport.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ def policy_asked(
     compress_weights: str = "none",
     compress_cache: str = "none",
     attn_sparsity: float = 1.0,
+    max_latency: float | None = None,
 ) -> tuple[Policy | None, Choice]:
     """The policy to obey, if one was given, and what is fixed of one that is yet to be found.
 
@@ -55,9 +56,10 @@ def policy_asked(
         prefill_tokens=prefill_tokens,
         sweep_tokens=sweep_tokens,
         cpu_attention=_switch("cpu_attention", cpu_attention),
-        compress_weights=_codec("compress_weights", compress_weights, WEIGHT_CODECS),
-        compress_cache=_codec("compress_cache", compress_cache, CACHE_CODECS),
+        compress_weights=_codec("compress_weights", compress_weights, (*WEIGHT_CODECS, "auto")),
+        compress_cache=_codec("compress_cache", compress_cache, (*CACHE_CODECS, "auto")),
         attn_sparsity=attn_sparsity,
+        max_latency_s=_positive("max_latency", max_latency),
     )
     Policy(attn_sparsity=attn_sparsity)  # which refuses what is no such share
     if policy == "auto":
@@ -92,8 +94,9 @@ class LLM:
         sweep_tokens: int | None = None,
         cpu_attention: Literal["auto", "on", "off"] = "auto",
         compress_weights: str = "none",
-        compress_cache: Literal["none", "int8", "int4"] = "none",
+        compress_cache: Literal["none", "int8", "int4", "auto"] = "none",
         attn_sparsity: float = 1.0,
+        max_latency: float | None = None,
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
@@ -108,8 +111,10 @@ class LLM:
         `backend` is a registered name, or an open backend, which stays the caller's to close.
 
         `compress_weights` is one of `flexport.policy.WEIGHT_CODECS`, `compress_cache` one of
-        `CACHE_CODECS`. `attn_sparsity` is the share of the tokens whose values decode steps add up,
-        1 for all of them.
+        `CACHE_CODECS`; or "auto", which lets the search for a policy compress where that is faster.
+        `attn_sparsity` is the share of the tokens whose values decode steps add up, 1 for all of them.
+        `max_latency` is the most seconds that may be predicted from a block's first prompt to its
+        last token.
 
         `on_plan` is called with each plan before anything of it is done, `show_packing` when weights
         are packed or checked, which may take minutes; `trace` is a file for
@@ -127,6 +132,7 @@ class LLM:
             compress_weights=compress_weights,
             compress_cache=compress_cache,
             attn_sparsity=attn_sparsity,
+            max_latency=max_latency,
         )
         self.engine = Engine(
             model=None if model is None else str(model),
@@ -333,6 +339,12 @@ def _switch(name: str, value: str) -> bool | None:
     if value not in ("auto", "on", "off"):
         raise UsageError(f"{name} is 'auto', 'on' or 'off', got {value!r}")
     return None if value == "auto" else value == "on"
+
+
+def _positive(option: str, number: float | None) -> float | None:
+    if number is not None and not number > 0:
+        raise UsageError(f"{option} is a number of seconds > 0, got {number!r}")
+    return number
 
 
 def _codec(option: str, name: str, codecs: Sequence[str]) -> str:

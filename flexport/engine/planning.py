@@ -7,6 +7,7 @@ nobody opens, or for a machine of which there is only a file. Torch is not impor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from flexport.backend import Capabilities
 from flexport.codecs.compressed import Compressed, compressed
@@ -18,11 +19,14 @@ from flexport.engine.plan import Plan, cache_bits, model_sizes
 from flexport.engine.source import Source
 from flexport.errors import PolicyError, UsageError
 from flexport.models.spec import LatentAttention
-from flexport.planner.auto import Choice, check, choose
 from flexport.planner.costs import Costs
 from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint, page_tokens_for
 from flexport.planner.machine import Machine
 from flexport.planner.predict import Prediction, predict
+from flexport.planner.refusal import check, room_bytes
+from flexport.planner.search import choose, need_room
+from flexport.planner.task import Choice, Task
+from flexport.planner.work import ModelWork
 from flexport.policy import Budgets, Policy
 from flexport.records import Request
 from flexport.units import VALUE_BYTES
@@ -112,15 +116,7 @@ class Planning:
         """
         choice = choice or Choice()
         preferred, unified = self._facts.page_tokens, self._facts.unified
-        policy = policy or choose(
-            self._sizes(choice.compress_weights),
-            job,
-            budgets,
-            page_tokens=preferred,
-            unified=unified,
-            addressable=self._facts.addressable,
-            fixed=choice,
-        )
+        policy = policy or choose(self.task(job, budgets, choice)).policy
         if unified and (policy.cpu_attention or policy.cpu_projections):
             raise PolicyError(
                 f"--cpu-attention on (a policy's cpu_attention, cpu_projections) is for a device with "
@@ -143,7 +139,7 @@ class Planning:
             policy=policy,
             job=job,
             needs=needs,
-            predicted=self.predict(job, policy),
+            predicted=self.predict(job, policy, budgets),
             machine=self.machine,
             numbers=self._numbers,
             budgets=budgets,
@@ -162,16 +158,52 @@ class Planning:
             },
         )
 
-    def predict(self, job: JobSizes, policy: Policy) -> Prediction:
+    def predict(self, job: JobSizes, policy: Policy, budgets: Budgets) -> Prediction:
         """How long the job takes on the machine."""
-        return predict(self.costs(job, policy))
+        room = room_bytes(self.footprint(job, policy), budgets)
+        return predict(self.costs(job, policy), room)
+
+    def need_room(
+        self, job: JobSizes, budgets: Budgets, policy: Policy | None, choice: Choice
+    ) -> None:
+        """Raise what `plan` does where there can be none, in a small part of its time."""
+        self.plan(job, budgets, policy or need_room(self.task(job, budgets, choice)))
+
+    def task(self, job: JobSizes, budgets: Budgets, choice: Choice | None = None) -> Task:
+        """What a policy for the job has to be good at.
+
+        Raises UsageError where the machine's numbers can't be those of the device.
+        """
+        choice, facts = choice or Choice(), self._facts
+        if self._source.packings and choice.compress_weights == "auto":
+            choice = replace(choice, compress_weights="none")  # they run as they are
+        if self.machine.unified != facts.unified:
+            kinds = {True: "the host's", False: "its own"}
+            raise UsageError(
+                f"the numbers are those of machine {self.machine.name}, whose device's memory is "
+                f"{kinds[self.machine.unified]}; that of {facts.name} is {kinds[facts.unified]}"
+            )
+        return Task(
+            models={
+                codec: (self._sizes(codec), self._work(codec)) for codec in choice.weight_codecs
+            },
+            job=job,
+            machine=replace(
+                self.machine, page_tokens=facts.page_tokens, addressable=facts.addressable
+            ),
+            dtype=self.dtype,
+            budgets=budgets,
+            choice=choice,
+        )
 
     def costs(self, job: JobSizes, policy: Policy) -> Costs:
         """What the job's visits take there."""
-        codec, packings = policy.compress_weights, self._source.packings
-        published = packings[0].name if packings else None
-        work = model_work(self._source.spec, codec, published)
-        return Costs(self._sizes(codec), work, job, policy, self.machine, self.dtype)
+        codec = policy.compress_weights
+        return Costs(self._sizes(codec), self._work(codec), job, policy, self.machine, self.dtype)
+
+    def _work(self, codec: str) -> ModelWork:
+        packings = self._source.packings
+        return model_work(self._source.spec, codec, packings[0].name if packings else None)
 
     @property
     def _has_latent_attention(self) -> bool:

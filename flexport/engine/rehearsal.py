@@ -74,6 +74,8 @@ class _Batch:
     """Of its longest prompt."""
     num_steps: int
     """Tokens that its rows sample at most."""
+    began_s: float | None = None
+    """When its first prompt began."""
 
     def live(self, piece: Piece) -> int:
         """Rows that a decode step computes: those that may sample one more token."""
@@ -131,9 +133,10 @@ class _Stage:
         self._passed = VisitCost()
         """The visit that was computed last."""
         self._recent: deque[Visit] = deque(maxlen=LAG)
-        self._known: dict[tuple[int, tuple[Piece, ...], bool], VisitCost] = {}
+        self._known: dict[tuple[int, tuple[Piece, ...], bool, bool], VisitCost] = {}
         self._total = VisitCost()
         self._prefill_s = self._decode_s = self._lap_s = 0.0
+        self._now_s = self._block_s = 0.0
 
     def admit(self) -> Iterator[BatchPlan]:
         """The plans of batches that can start now."""
@@ -154,7 +157,12 @@ class _Stage:
         """When all visits have passed, and all that they left is at home."""
         self.pass_by(max(lane.left_s for lane in self.lanes.values()))
         return prediction_of(
-            self._costs, self._total, self._prefill_s, self._decode_s, self._new_tokens
+            self._costs,
+            self._total,
+            self._prefill_s,
+            self._decode_s,
+            self._new_tokens,
+            self._block_s,
         )
 
     # ---- what the loop asks
@@ -188,6 +196,10 @@ class _Stage:
         """Let the time pass; as long as the disk is read, it takes more."""
         self._passed = self._ahead.popleft()[1].cost
         self._recent.append(visit)
+        for piece in visit.pieces:
+            batch = self._batches.get(piece.batch)
+            if batch is not None and batch.began_s is None:
+                batch.began_s = self._now_s
         machine, disk = self._costs.machine, self.lanes["disk_to_host"]
         left_s = self._passed.compute_s
         both_s = min(left_s / machine.computing_share, disk.left_s / machine.reading_share)
@@ -216,6 +228,7 @@ class _Stage:
     def pass_by(self, seconds: float, reading_share: float = 1.0) -> None:
         """All lanes go on for so long; the reading of the disk at a share of its rate."""
         self._lap_s += seconds
+        self._now_s += seconds
         for name, lane in self.lanes.items():
             lane.go_on(seconds * (reading_share if name == "disk_to_host" else 1.0))
 
@@ -231,12 +244,13 @@ class _Stage:
                 and (piece.rows is None or piece.rows[1] == len(batch.rows))
             ):
                 batch.plan.ended = True
+                self._block_s = max(self._block_s, self._now_s - (batch.began_s or 0.0))
                 del self._batches[piece.batch]
 
     def _cost(self, visit: Visit) -> VisitCost:
         """What the visit comes to; layers of a kind cost the same in one sweep."""
         layer = self._costs.alike[visit.layer]
-        key = (layer, visit.pieces, visit.first)
+        key = (layer, visit.pieces, visit.first, visit.last)
         if key not in self._known:
             if len(self._known) > MOST_KNOWN:
                 self._known.clear()
@@ -279,4 +293,9 @@ class _Stage:
                 )
             )
             sampled += rows if piece.stop == batch.columns else 0
-        return Counted(prompts=tuple(prompts), steps=tuple(steps), sampled=sampled)
+        return Counted(
+            prompts=tuple(prompts),
+            steps=tuple(steps),
+            sampled=sampled,
+            alone=visit.first and visit.last,
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -28,7 +29,7 @@ from flexport.engine.turns import VisitTurns
 from flexport.engine.weights import ModelWeights
 from flexport.models.decoder import decoder_layer, embed, head
 from flexport.models.rope import Rope
-from flexport.planner.footprint import HEAD_TOKENS, Footprint
+from flexport.planner.footprint import HEAD_TOKENS, STATES_AHEAD, Footprint
 from flexport.policy import Split
 from flexport.process import trim_heap
 from flexport.schedule.executor import LAG
@@ -171,8 +172,8 @@ class JobWork:
         while len(self._issued) > LAG:
             with self._clock.waiting("the device"):
                 self._issued.popleft().join()
-        if self._ahead:
-            self._hidden.prefetch(self._ahead[0].pieces)
+        for coming in islice(self._ahead, STATES_AHEAD):
+            self._hidden.prefetch(coming.pieces)
         parts = self._parts(visit)
         if not parts:
             return

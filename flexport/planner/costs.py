@@ -75,11 +75,23 @@ class Visit:
     steps: tuple[Steps, ...] = ()
     sampled: float = 0
     """Rows of which the head computes logits."""
+    alone: bool = False
+    """Nothing else passes the layer in this sweep, so states are needed again as soon as they go."""
 
     @property
     def tokens(self) -> float:
         """All tokens."""
-        return sum(each.tokens for each in self.prompts) + sum(each.rows for each in self.steps)
+        return self.prompt_tokens + self.step_rows
+
+    @property
+    def prompt_tokens(self) -> float:
+        """Those of prompts."""
+        return sum(each.tokens for each in self.prompts)
+
+    @property
+    def step_rows(self) -> float:
+        """Those of decode steps: one a row."""
+        return sum(each.rows for each in self.steps)
 
     @property
     def pieces(self) -> int:
@@ -93,6 +105,8 @@ class VisitCost:
 
     compute_s: float = 0.0
     """On the device, waiting for the CPU beside it included."""
+    waiting_s: float = 0.0
+    """Of this, the waiting for the CPU's attention."""
     host_s: float = 0.0
     """On the CPU beside it."""
     moved_bytes: dict[str, float] = field(default_factory=dict)
@@ -112,9 +126,14 @@ class VisitCost:
     def add(self, other: VisitCost, times: float = 1.0) -> None:
         """Count another visit, or several like it."""
         self.compute_s += times * other.compute_s
+        self.waiting_s += times * other.waiting_s
         self.host_s += times * other.host_s
         for lane, num_bytes in other.moved_bytes.items():
             self.move(lane, times * num_bytes, times * other.copies[lane])
+
+
+UNDER_WAY_BYTES = 5 * (8 << 20)
+"""What a disk that streams is at when another read comes: each of the store's readers has a chunk."""
 
 
 class Costs:
@@ -155,6 +174,10 @@ class Costs:
                 self._head(cost, visit, first)
             else:
                 cost.compute_s += self.device.visit_s / 4
+                # Rows of the table are read when it is known which.
+                asked = min(1.0, visit.tokens * self._splits[0].disk)
+                row_bytes = visit.tokens * self.model.hidden_token_bytes
+                cost.compute_s += asked * self._urgent_s(row_bytes)
             return cost
         caches = self.model.caches[kind.caches]
         self._cache(cost, visit, caches)
@@ -162,7 +185,7 @@ class Costs:
         cost.compute_s += (
             self.device.visit_s
             + (visit.pieces - 1) * self.device.piece_s
-            + visit.tokens * kind.touched_values / self.device.touched_values_per_s
+            + self.device.touch_s(visit.prompt_tokens, visit.step_rows, kind.touched_values)
             + self._products_s(kind.dense, visit.tokens, streamed, first)
             + self._experts_s(kind, visit.tokens, streamed, first)
         )
@@ -290,10 +313,21 @@ class Costs:
         """States come from the layer before and go to the one after."""
         split = self.policy.activations
         num_bytes = visit.tokens * self.model.hidden_token_bytes
+        staged_bytes = cost.staged_bytes
         if layer > 0:
             self._fetched(cost, split.disk * num_bytes, split.host * num_bytes)
+        cost.staged_bytes = staged_bytes  # they have room of their own
         if layer < self.num_layers - 1:
             self._written(cost, split.disk * num_bytes, split.host * num_bytes)
+        if visit.alone and split.disk and layer > 0:
+            machine, far_bytes = self.machine, split.disk * num_bytes
+            cost.compute_s += machine.disk_write.seconds(far_bytes) + self._urgent_s(far_bytes)
+
+    def _urgent_s(self, num_bytes: float) -> float:
+        """Reading what somebody stands still for, beside all that is read ahead of time."""
+        streamed_bytes = self.policy.weights.disk * max(self.model.layer_bytes)
+        before_bytes = min(UNDER_WAY_BYTES, streamed_bytes)
+        return self.machine.disk_read.seconds(num_bytes + before_bytes)
 
     def _cache(self, cost: VisitCost, visit: Visit, caches: LayerCaches) -> None:
         """Pages come for decode steps and later chunks, and go home when they were written to."""
@@ -424,13 +458,14 @@ class Costs:
                 else:
                     host_s += taken_s
         if far and visit.steps:
-            rows = far * sum(steps.rows for steps in visit.steps)
+            rows = far * visit.step_rows
             # Queries and what is new in the cache go down, results come up.
             crossing, new = self.model.crossing_token_bytes, caches.token_bytes
             cost.move("device_to_host", rows * (crossing + new) / 2)
             cost.move("host_to_device", rows * (crossing - new) / 2)
             host_s += self.machine.crossing_s
         cost.host_s += host_s
+        cost.waiting_s += max(0.0, host_s - device_s)
         cost.compute_s += max(device_s, host_s)
 
     def _on_host(self, layer: int, visit: Visit) -> float:

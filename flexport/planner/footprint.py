@@ -35,6 +35,10 @@ __all__ = [
     "page_tokens_for",
 ]
 
+STATES_AHEAD = 2
+"""Visits whose states are fetched while another one is computed. A disk that streams weights takes as
+long for a few bytes as decode steps take for one visit."""
+
 HEAD_TOKENS = 256
 """Tokens that pass the head at once: logits are wide, and scoring wants many of them."""
 
@@ -299,20 +303,26 @@ class Footprint:
     @property
     def device_bytes(self) -> int:
         """All of it on the device."""
-        weights_bytes, load_bytes = self.weights_bytes[0], self.load_bytes[0]
-        run_bytes = self._run_bytes[0] + self.work_bytes
-        if self.unified:
-            weights_bytes += self.weights_bytes[1]
-            load_bytes += self.load_bytes[1]
-            run_bytes += self._run_bytes[1]
-        return weights_bytes + max(load_bytes, run_bytes)
+        return max(self.peaks[0])
 
     @property
     def host_bytes(self) -> int:
         """All of it on the host; 0 where memory is unified."""
+        return max(self.peaks[1])
+
+    @property
+    def peaks(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """On device and host, what it takes while weights are loaded, and while the job runs."""
+        run_bytes = self._run_bytes
+        device, host = (
+            (weights + load, weights + run)
+            for weights, load, run in zip(
+                self.weights_bytes, self.load_bytes, run_bytes, strict=False
+            )
+        )
         if self.unified:
-            return 0
-        return self.weights_bytes[1] + max(self.load_bytes[1], self._run_bytes[1])
+            device, host = (device[0] + host[0], device[1] + host[1]), (0, 0)
+        return (device[0], device[1] + self.work_bytes), host
 
     @property
     def disk_bytes(self) -> int:
@@ -437,8 +447,10 @@ def footprint(
     host_ratio = ratio if unified else 1.0
     weights = _split(model.weight_bytes, policy.weights)
     slack_bytes = len(model.layer_bytes) * model.layer_slack_bytes
-    far_bytes, disk_bytes = _streamed(model, policy, unified)
-    load_bytes = _load_bytes(model, policy, unified)
+    most_far, far_bytes, disk_bytes = _streamed(
+        model, policy.weights, policy.cpu_projections, unified
+    )
+    load_bytes = _load_bytes(model, policy.weights, unified)
 
     decoded = job.columns - job.prompt_tokens
     # Of each kind of layer, whose rows are dealt by themselves.
@@ -460,9 +472,9 @@ def footprint(
     # Pages of two visits may be under way to their home while a third one is computed.
     drafts_bytes = 3 * _written_bytes(model, job, policy, visit_rows, page_tokens, cache_far)
     states_far = policy.activations.disk + (0.0 if unified else policy.activations.host)
-    # The states of this visit and the next one, and of two on their way home.
-    states_bytes = 4 * _states_bytes(model, visit_tokens, states_far)
-    decoded_bytes = model.packed_scratch_bytes + (max(far_bytes) * ratio if ratio != 1 else 0.0)
+    # The states of this visit and of those that come, and of two on their way home.
+    states_bytes = (3 + STATES_AHEAD) * _states_bytes(model, visit_tokens, states_far)
+    decoded_bytes = model.packed_scratch_bytes + (most_far * ratio if ratio != 1 else 0.0)
     on_disk = 0.0 if unified and addressable else 1.0
     beside_bytes = _beside_bytes(model, job, policy, visit_rows, num_batches)
     unpacked_bytes = work_bytes = 0
@@ -495,9 +507,9 @@ def footprint(
         )[2],
         activation_bytes=_states_split(model, sweep_tokens, num_pieces, policy.activations),
         staging_bytes=(
-            round(_neighbours(far_bytes) + pages_bytes) + _window_bytes(model, policy, unified),
-            round(on_disk * (_neighbours(disk_bytes) + disk_pages_bytes))
-            + (_window_bytes(model, policy, unified, from_disk=True) if on_disk else 0),
+            round(far_bytes + pages_bytes) + _window_bytes(model, policy.weights, unified),
+            round(on_disk * (disk_bytes + disk_pages_bytes))
+            + (_window_bytes(model, policy.weights, unified, from_disk=True) if on_disk else 0),
         ),
         behind_bytes=(
             round(drafts_bytes + states_bytes + decoded_bytes + unpacked_bytes + chosen_bytes[0]),
@@ -529,13 +541,14 @@ def _away(model: ModelSizes, split: Split, unified: bool) -> list[float]:
     ]
 
 
-def _load_bytes(model: ModelSizes, policy: Policy, unified: bool) -> int:
+@lru_cache(maxsize=64)  # a search asks of the same weights with one cache after the other
+def _load_bytes(model: ModelSizes, split: Split, unified: bool) -> int:
     """The most that is read at once of what stays: a layer without its experts, or one of these."""
     most = 0.0
     for size, experts, away in zip(
         model.layer_bytes,
         model.expert_bytes,
-        _away(model, policy.weights, unified),
+        _away(model, split, unified),
         strict=True,
     ):
         near = size - away
@@ -543,12 +556,14 @@ def _load_bytes(model: ModelSizes, policy: Policy, unified: bool) -> int:
     return round(most) + model.layer_slack_bytes if most > 0 else 0
 
 
-def _streamed(model: ModelSizes, policy: Policy, unified: bool) -> tuple[list[float], list[float]]:
-    """Of each layer, the bytes that stream to the device, and those that come from disk.
+@lru_cache(maxsize=64)  # see `_load_bytes`
+def _streamed(
+    model: ModelSizes, split: Split, cpu_projections: bool, unified: bool
+) -> tuple[float, float, float]:
+    """The most that streams to the device of a layer, of a layer and the next, and of two from disk.
 
     Experts are left out, which have a window of their own. They are the last to stay.
     """
-    split = policy.weights
     splits = layer_splits(model.layer_bytes, split)
     sizes = list(model.layer_bytes)
     sizes[0] -= model.table_bytes
@@ -559,7 +574,7 @@ def _streamed(model: ModelSizes, policy: Policy, unified: bool) -> tuple[list[fl
     def streams(size: int, experts: int, away: float, share: float) -> float:
         if share <= 0:
             return 0.0
-        dense = min(size - experts, away) if policy.cpu_projections else max(0.0, away - experts)
+        dense = min(size - experts, away) if cpu_projections else max(0.0, away - experts)
         return min(dense, size * share) + model.layer_slack_bytes
 
     far, disk = [], []
@@ -568,16 +583,15 @@ def _streamed(model: ModelSizes, policy: Policy, unified: bool) -> tuple[list[fl
     ):
         far.append(streams(size, experts, away, each.disk + (0.0 if unified else each.host)))
         disk.append(streams(size, experts, away, each.disk))
-    return far, disk
+    return max(far), _neighbours(far), _neighbours(disk)
 
 
 def _window_bytes(
-    model: ModelSizes, policy: Policy, unified: bool, *, from_disk: bool = False
+    model: ModelSizes, split: Split, unified: bool, *, from_disk: bool = False
 ) -> int:
     """What experts stream through on the device; or on the host, those that come from disk."""
     if not model.has_experts:
         return 0
-    split = policy.weights
     splits = layer_splits(model.layer_bytes, split)
     away = [
         size * each.disk if from_disk else own

@@ -22,7 +22,7 @@ from flexport.errors import UsageError
 
 __all__ = ["Computer", "Curve", "Lane", "Machine", "machine_from_dict", "read_machine"]
 
-FORMAT = 1
+FORMAT = 2
 """Of machine files: raised when a field changes its meaning, so that old ones are measured anew."""
 
 Record = TypeVar("Record")
@@ -105,8 +105,11 @@ class Computer:
     memory_bytes_per_s: float
     """What one reader of a large tensor sees."""
     touched_values_per_s: float
-    """What norms, rotations, activations and sums pass through, in values of one token's states:
-    those that `models.tensors.touched_values` counts."""
+    """What norms, rotations, activations and sums of prompts pass through, in values of one token's
+    states: those that `models.tensors.touched_values` counts."""
+    stepped_values_per_s: float | None = None
+    """The same of decode steps, whose keys and values each go to a row's own page, and whose
+    attention has a cost for each row beside its cache's bytes. None: as `touched_values_per_s`."""
     prompt_attention_flops_per_s: float
     """Of prompts over themselves: 4 operations a feature, query and key that the query sees."""
     cache_bytes_per_s: Mapping[int, float]
@@ -139,6 +142,11 @@ class Computer:
                 f"{', '.join(sorted(curves))}"
             )
         return curves[form].seconds(rows, values)
+
+    def touch_s(self, prompt_tokens: float, steps: float, values: float) -> float:
+        """What so many tokens of prompts, and of decode steps, pass through, `values` each."""
+        stepped_per_s = self.stepped_values_per_s or self.touched_values_per_s
+        return values * (prompt_tokens / self.touched_values_per_s + steps / stepped_per_s)
 
     def decode_s(self, codec: str, values: float) -> float:
         """Numbers of packed weights."""
@@ -301,9 +309,13 @@ def _record(kind: type[Record], data: Any, name: str) -> Record:
     if unknown:
         raise UsageError(f"{name} has no field {unknown}; it has {sorted(known)}")
     for key, value in data.items():
-        if hints[key] in (int, float) and not (_is_number(value) and value >= 0):
+        if hints[key] not in (int, float, float | None) or (
+            value is None and hints[key] == float | None
+        ):
+            continue
+        if not (_is_number(value) and value >= 0):
             raise UsageError(f"{name}.{key} must be a number >= 0, got {value!r}")
-        if key.endswith("_per_s") and hints[key] is float and not value > 0:
+        if key.endswith("_per_s") and not value > 0:
             raise UsageError(f"{name}.{key} is a rate, and must be more than 0")
     try:
         return kind(**data)

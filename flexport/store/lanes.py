@@ -109,6 +109,7 @@ class Lane:
         self._busy_since_s = 0.0
         self._trouble = trouble
         self._tasks: deque[tuple[Callable[[], int], Job, str]] = deque()
+        self._urgent: deque[tuple[Callable[[], int], Job, str]] = deque()
         self._changed = threading.Condition()
         self._open = True
         self._threads = [
@@ -136,29 +137,28 @@ class Lane:
         """Queue tasks, each of which gives the number of bytes it moved.
 
         `then` is called when the last one has ended, if none has failed. Urgent tasks go before
-        all that wait: somebody stands still until they are done. `label` is for whoever watches.
+        all others that wait: somebody stands still until they are done, or soon will. `label` is for whoever watches.
         """
         job = Job(len(tasks), then)
         with self._changed:
             assert self._open, f"lane {self.name} is closed"
-            if urgent:
-                self._tasks.extendleft((task, job, label) for task in reversed(tasks))
-            else:
-                self._tasks.extend((task, job, label) for task in tasks)
+            queue = self._urgent if urgent else self._tasks
+            queue.extend((task, job, label) for task in tasks)
             self._changed.notify_all()
         return job
 
     def wait_until_idle(self) -> None:
         """Block until all that was queued has ended, and is counted."""
         with self._changed:
-            while self._open and (self._tasks or self._num_busy):
+            while self._open and (self._urgent or self._tasks or self._num_busy):
                 self._changed.wait()
 
     def close(self) -> None:
         """Drop what is queued, let running tasks end, and stop the threads."""
         with self._changed:
             self._open = False
-            dropped = list(self._tasks)
+            dropped = [*self._urgent, *self._tasks]
+            self._urgent.clear()
             self._tasks.clear()
             self._changed.notify_all()
         for _, job, _ in dropped:
@@ -169,11 +169,11 @@ class Lane:
     def _work(self, thread: int) -> None:
         while True:
             with self._changed:
-                while self._open and not self._tasks:
+                while self._open and not (self._urgent or self._tasks):
                     self._changed.wait()
                 if not self._open:
                     return
-                task, job, label = self._tasks.popleft()
+                task, job, label = (self._urgent or self._tasks).popleft()
                 started_s = time.perf_counter()
                 if self._num_busy == 0:
                     self._busy_since_s = started_s

@@ -286,10 +286,18 @@ class Store:
             return num_bytes, 0
         return (2 * num_bytes, 0) if self.unified else (num_bytes, num_bytes)
 
-    def fetch(self, kept: Kept, ranges: Ranges | None = None, near: Tier = Tier.DEVICE) -> Lease:
+    def fetch(
+        self,
+        kept: Kept,
+        ranges: Ranges | None = None,
+        near: Tier = Tier.DEVICE,
+        *,
+        urgent: bool = False,
+    ) -> Lease:
         """The bundle's bytes on the device; the copy is under way when this returns.
 
-        With `ranges`, only these parts of it are needed. Near the host, which a bundle at home on
+        With `ranges`, only these parts of it are needed; what is `urgent` is read before all that
+        others wait for. Near the host, which a bundle at home on
         the device never is, they are for the CPU.
         """
         if self._in_place(kept.home, near):
@@ -300,7 +308,7 @@ class Store:
             assert kept.home is Tier.DISK, kept
             host = self.host.take(num_bytes, self.wait_for_a_write)
             staged_B = host.bytes_B[:num_bytes]
-            ticket: Ticket = self._read(kept, staged_B, ranges)
+            ticket: Ticket = self._read(kept, staged_B, ranges, urgent=urgent)
             return Lease(staged_B, ticket, [(self.host, host)], ranges, near)
         device = self.device.take(num_bytes, self.wait_for_a_write)
         bytes_B = device.bytes_B[:num_bytes]
@@ -315,7 +323,7 @@ class Store:
             )
             return Lease(bytes_B, ticket, [(self.device, device)], ranges)
         if self._addressable:
-            ticket = self._read(kept, bytes_B, ranges)
+            ticket = self._read(kept, bytes_B, ranges, urgent=urgent)
             return Lease(bytes_B, ticket, [(self.device, device)], ranges)
         try:
             host = self.host.take(num_bytes, self.wait_for_a_write)
@@ -327,7 +335,7 @@ class Store:
         # Where memory is unified no link stands idle meanwhile. So the copy is left to whoever
         # waits for it: a device without links may well take work from one thread only.
         then = None if self.unified else relay.pass_on
-        relay.read = self._read(kept, staged_B, ranges, then)
+        relay.read = self._read(kept, staged_B, ranges, then, urgent=urgent)
         return Lease(bytes_B, relay, [(self.device, device), (self.host, host)], ranges)
 
     def draft(self, kept: Kept, ranges: Ranges | None = None, near: Tier = Tier.DEVICE) -> Lease:
@@ -502,6 +510,8 @@ class Store:
         dst_B: Tensor,
         ranges: Ranges,
         then: Callable[[], None] | None = None,
+        *,
+        urgent: bool = False,
     ) -> Job:
         """Start reading parts of a bundle; of one in somebody's files, all of it."""
         tasks: list[Callable[[], int]] = []
@@ -529,7 +539,8 @@ class Store:
             read(self._open_file(run.path), start, stop, run.offset_bytes + run.num_bytes)
         if few:
             tasks.append(partial(_read_pieces, few, before))
-        return self.lanes["disk_to_host"].submit(tasks, then, label=self._label(kept))
+        label = self._label(kept)
+        return self.lanes["disk_to_host"].submit(tasks, then, urgent=urgent, label=label)
 
     def _write_extent(self, src_B: Tensor, extent: Extent, ranges: Ranges) -> int:
         file, at = self._open_spill().file, 0

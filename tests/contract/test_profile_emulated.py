@@ -65,7 +65,6 @@ def test_products_are_found_with_their_rate(emulated):
 def test_a_device_with_memory_of_its_own_has_links_and_a_cpu_beside_it(
     emulated, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(visits, "DEPTHS", (1, 2))
     monkeypatch.setattr(visits, "MANY_PIECES", 2)
     backend = emulated(link_bytes_per_s=1e9)
 

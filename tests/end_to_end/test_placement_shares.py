@@ -82,7 +82,7 @@ def test_each_sweep_reads_the_streamed_weights_once(model, nothing_left):
     moved = {}
     with flexport.LLM(
         model, dtype="float32", percent=[0, 0, 100, 0, 100, 0], batch_size=2, num_batches=4,
-        offload_dir=nothing_left, **AMPLE,
+        sweep_tokens=0, offload_dir=nothing_left, **AMPLE,
     ) as llm:  # fmt: skip
         for num_tokens in (1, 2, 6):
             _generate(llm, num_tokens)

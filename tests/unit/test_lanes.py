@@ -64,13 +64,14 @@ def test_urgent_tasks_go_before_all_that_wait(trouble):
     gate = threading.Event()
 
     lane.submit([lambda: int(gate.wait())])
-    last = lane.submit([partial(note, order, number) for number in (3, 4)])
+    last = lane.submit([partial(note, order, number) for number in (4, 5)])
     lane.submit([partial(note, order, number) for number in (1, 2)], urgent=True)
+    lane.submit([partial(note, order, 3)], urgent=True)
     gate.set()
     last.join()
     lane.close()
 
-    assert order == [1, 2, 3, 4]
+    assert order == [1, 2, 3, 4, 5]
 
 
 def test_the_first_error_is_raised_by_its_job_and_by_every_check(lane, trouble):

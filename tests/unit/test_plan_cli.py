@@ -17,8 +17,8 @@ from flexport import registry
 from flexport.apps.lengths import evenly
 from flexport.cli import plan as command
 from flexport.cli.main import main
-from flexport.engine.frontier import _undominated
 from flexport.planner.machine import Computer, Curve, Lane, Machine
+from flexport.planner.search import undominated
 from flexport.policy import Policy
 
 GIB = 1 << 30
@@ -176,7 +176,22 @@ def test_what_is_printed_as_json_is_a_policy_that_run_takes(plan, machine, tmp_p
 
     assert Policy.from_file(path).to_dict() == first["policy"]
     assert first["policy"]["weights"] == {"device": 0.2, "host": 0.3, "disk": 0.5}
+    assert first.pop("gains")  # a policy that is given is not improved on
     assert again == first
+
+
+def test_a_plan_says_what_more_of_each_thing_would_bring(plan, capsys, machine):
+    options = [*OPT, "--machine", machine, "--num-prompts", "70", "--device-memory", "1GiB"]
+
+    found = plan(*options)
+    assert main(["plan", *options]) == 0
+
+    before = found["predicted"]["generation_tok_s"]
+    assert {gain["what"] for gain in found["gains"]} >= {"device", "host", "disk", "disk_to_host"}
+    assert all(gain["tok_s"] >= before for gain in found["gains"])
+    best = max(found["gains"], key=lambda gain: gain["tok_s"])
+    assert best["tok_s"] > 1.01 * before
+    assert f"{best['tok_s']:.3g} tok/s" in capsys.readouterr().out
 
 
 def test_rows_of_a_file_say_how_long_rows_are(plan, tiny, tmp_path):
@@ -295,7 +310,7 @@ def test_the_frontier_holds_the_best_plan_of_all(plan, machine):
     st.lists(st.tuples(st.floats(1, 9), st.floats(1, 9)).map(lambda p: (*p, Policy())), min_size=1)
 )
 def test_no_point_of_a_frontier_is_beaten_and_all_others_are(points):
-    kept = _undominated(points)
+    kept = undominated(points)
 
     def beaten(point, by):
         return by[0] <= point[0] and by[1] >= point[1] and by[:2] != point[:2]

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 from round_machine import CACHE, KIB, LAYER_BYTES, computer, costs_of, machine, model, work
 
-from flexport.planner.costs import Prompts, Steps, Visit, VisitCost
+from flexport.planner.costs import UNDER_WAY_BYTES, Prompts, Steps, Visit, VisitCost
 from flexport.planner.footprint import JobSizes
 from flexport.planner.machine import Curve, Lane
 from flexport.planner.work import Matrices
 from flexport.policy import Policy, Split
+from flexport.store.store import CHUNK_BYTES, NUM_READERS
 
 HOST, DISK = Split(device=0, host=1), Split(device=0, disk=1)
 PROMPTS = Visit(prompts=(Prompts(rows=2, end=100),), sampled=2)
@@ -32,6 +33,14 @@ def test_what_is_at_home_on_the_device_moves_nothing():
         cost = costs.visit(1, visit)
         assert cost.compute_s == pytest.approx(seconds)
         assert (cost.moved_bytes, cost.host_s, cost.staged_bytes) == ({}, 0, 0)
+
+
+def test_tokens_of_decode_steps_pass_at_a_rate_of_their_own():
+    costs = costs_of(Policy(), machine=machine(device=computer(stepped_values_per_s=70)))
+
+    assert costs.visit(1, PROMPTS).compute_s == pytest.approx(PROMPTS_S)
+    more_s = 4 * 70 / 70 - 4 * 70 / 700
+    assert costs.visit(1, STEPS).compute_s == pytest.approx(STEPS_S + more_s)
 
 
 def test_further_pieces_cost_a_call_and_their_pages_too():
@@ -104,6 +113,34 @@ def test_states_come_from_the_layer_before_and_go_to_the_one_after():
     )
     assert embedded == pytest.approx({"device_to_host": 1000, "host_to_disk": 600})
     assert head == pytest.approx({"disk_to_host": 600, "host_to_device": 1000})
+
+
+def test_states_that_are_needed_at_once_are_waited_for_on_their_way_to_disk_and_back():
+    costs = costs_of(Policy(activations=DISK))
+
+    beside, alone = (costs.visit(1, replace(STEPS, alone=alone)) for alone in (False, True))
+
+    assert alone.moved_bytes == beside.moved_bytes
+    there_and_back_s = sum(
+        lane.seconds(alone.moved_bytes["host_to_disk"])
+        for lane in (costs.machine.disk_read, costs.machine.disk_write)
+    )
+    assert alone.compute_s - beside.compute_s == pytest.approx(there_and_back_s)
+
+
+def test_rows_of_a_table_on_disk_are_waited_for_behind_what_streams():
+    near, far = (costs_of(Policy(weights=split)).visit(0, STEPS) for split in (Split(), DISK))
+
+    machine = costs_of(Policy()).machine
+    rows_bytes = 4 * costs_of(Policy()).model.hidden_token_bytes
+    # What streams is smaller than what the store's readers could be at.
+    before_bytes = max(costs_of(Policy()).model.layer_bytes)
+    waited_s = machine.disk_read.seconds(rows_bytes + before_bytes)
+    assert far.compute_s - near.compute_s == pytest.approx(waited_s)
+
+
+def test_what_is_under_way_is_what_the_stores_readers_have():
+    assert UNDER_WAY_BYTES == NUM_READERS * CHUNK_BYTES
 
 
 def test_a_cache_on_the_host_crosses_in_pages_and_the_newest_one_both_ways():

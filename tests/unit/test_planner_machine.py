@@ -115,8 +115,8 @@ def changed(**fields):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([1], "not a machine file of format 1: 'list'"),
-        (changed(format=0), "not a machine file of format 1: 0; run `flexport profile`"),
+        ([1], "not a machine file of format 2: 'list'"),
+        (changed(format=0), "not a machine file of format 2: 0; run `flexport profile`"),
         (changed(speed=1), r"machine has no field \['speed'\]; it has"),
         (changed(disk_read={"bytes_per_s": 0}), "disk_read.bytes_per_s is a rate"),
         (changed(disk_read={"bytes_per_s": "fast"}), "must be a number >= 0, got 'fast'"),

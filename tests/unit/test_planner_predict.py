@@ -98,10 +98,11 @@ def test_what_streams_takes_as_long_as_its_lane():
 
     closed, told = predict(costs), rehearse(costs, [BATCH] * 2, 3 * LAYER_BYTES)
 
-    # Four layers, since the first one's table does not stream; and 33 sweeps.
-    assert closed.run_s == pytest.approx(33 * 4 * 10.5)
+    # Four layers, since the first one's table does not stream; and 33 sweeps. Rows of the table are
+    # read beside that, when they are asked for.
+    assert closed.run_s == pytest.approx(33 * 4 * 10.5, rel=0.005)
     # The last product has to wait for the last byte.
-    assert closed.run_s <= told.run_s <= closed.run_s + 10
+    assert 0.995 * closed.run_s <= told.run_s <= closed.run_s + 10
     assert closed.limited_by == told.limited_by == "disk_to_host"
     assert closed.moved_bytes == pytest.approx(told.moved_bytes)
     assert told.moved_bytes["disk_to_host"] == 33 * 4 * LAYER_BYTES

@@ -26,7 +26,7 @@ def test_the_settings_are_made_before_torch_is_imported_from_python_too():
         "import os, sys, flexport\n"
         "assert 'torch' not in sys.modules and 'GOMP_SPINCOUNT' not in os.environ\n"
         "flexport.LLM\n"
-        "assert 'torch' not in sys.modules and os.environ['GOMP_SPINCOUNT'] == '1000'\n"
+        "assert 'torch' not in sys.modules and os.environ['GOMP_SPINCOUNT'] == '3000'\n"
     )
     bare = {name: value for name, value in os.environ.items() if name not in process.SETTINGS}
 

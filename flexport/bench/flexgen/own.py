@@ -11,11 +11,12 @@ from flexport.engine.model_work import model_work
 from flexport.engine.plan import model_sizes
 from flexport.engine.rehearsal import rehearse
 from flexport.engine.source import Source, open_source
-from flexport.planner.auto import Choice, choose, within
 from flexport.planner.costs import Costs
 from flexport.planner.footprint import Footprint, JobSizes, ModelSizes, footprint
 from flexport.planner.machine import Machine
-from flexport.planner.predict import predict
+from flexport.planner.refusal import within
+from flexport.planner.search import choose
+from flexport.planner.task import Choice, Task
 from flexport.policy import Budgets, Policy
 from flexport.units import VALUE_BYTES
 
@@ -61,18 +62,19 @@ def best_policy(setting: Setting, machine: Machine) -> Own:
         compress_weights="int4" if setting.packs_weights else "none",
         compress_cache="int4" if setting.packs_cache else "none",
     )
-    policy = choose(
-        _sizes(setting.model, choice.compress_weights),
-        _job(setting, None),
-        _budgets(machine),
-        page_tokens=machine.page_tokens,
-        unified=machine.unified,
-        addressable=machine.addressable,
-        fixed=choice,
+    codec = choice.compress_weights
+    work = model_work(_source(setting.model).spec, codec)
+    best = choose(
+        Task(
+            models={codec: (_sizes(setting.model, codec), work)},
+            job=_job(setting, None),
+            machine=machine,
+            dtype=DTYPE,
+            budgets=_budgets(machine),
+            choice=choice,
+        )
     )
-    return Own(
-        policy=policy, tok_s=predict(_costs(setting, machine, policy, None)).tok_s, fits=True
-    )
+    return Own(policy=best.policy, tok_s=best.tok_s, fits=True)
 
 
 def _costs(setting: Setting, machine: Machine, policy: Policy, num_rows: int | None) -> Costs:

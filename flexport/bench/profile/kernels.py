@@ -9,6 +9,7 @@ Dimension key: T tokens, D features in, F features out, R rows of logits, V voca
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -33,7 +34,6 @@ __all__ = [
     "decode_rate",
     "lay_out_rate",
     "memory_rate",
-    "multiplying",
     "packed_products",
     "products",
     "sample_rate",
@@ -162,20 +162,6 @@ def sample_rate(backend: Backend, dtype: str, effort: Effort) -> Spread:
     return _rate(logits_RV.numel(), seconds)
 
 
-def multiplying(backend: Backend, dtype: str, effort: Effort) -> Iterator[float]:
-    """Products of a decode step for as long as it is asked; gives operations of each, when done."""
-    item = torch_dtype(dtype)
-    shape, rows = _shape(effort, item.itemsize), 64
-    weights = [
-        _laid_out(backend, weight_FD) for weight_FD in _weights(backend, shape, item, effort)
-    ]
-    x_TD = backend.allocate((rows, shape[1]), item).normal_()
-    for weight in cycle(weights):
-        backend.matmul(x_TD, weight)
-        backend.sync()
-        yield 2.0 * rows * math.prod(shape)
-
-
 def _curve(
     backend: Backend,
     multiply: Callable[[Tensor, Weight], object],
@@ -185,7 +171,10 @@ def _curve(
     rows: Sequence[int],
     effort: Effort,
 ) -> tuple[Curve, float]:
-    """Rates against rows, and the widest spread of one."""
+    """Rates against rows, and the widest spread of one.
+
+    A job meets good moments and bad ones, and takes their mean; so it is the mean that counts here.
+    """
     timed: list[Timed] = []
     for num_rows in rows:
         x_TD = backend.allocate((num_rows, shape[1]), dtype).normal_()
@@ -203,7 +192,7 @@ def _curve(
     curve = Curve(
         rows=tuple(float(num_rows) for num_rows in rows),
         flops_per_s=tuple(
-            each / spread.median for each, spread in zip(flops, seconds, strict=True)
+            each / statistics.fmean(of.values) for each, of in zip(flops, seconds, strict=True)
         ),
     )
     return curve, max(each.spread for each in seconds)

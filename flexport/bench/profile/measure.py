@@ -26,7 +26,7 @@ from flexport.bench.profile.kernels import (
 from flexport.bench.profile.lanes import disk_file, link_lanes
 from flexport.bench.profile.timing import Effort
 from flexport.bench.profile.together import crossing_cost, shares
-from flexport.bench.profile.visits import TINY_PAGES, touch_rate, visit_costs
+from flexport.bench.profile.visits import visit_costs
 from flexport.bench.spread import Spread
 from flexport.engine.known_machine import identity_of
 from flexport.engine.limits import default_budgets
@@ -67,10 +67,10 @@ def measure_machine(
         told["disk_write"] = _told(spread.spread)
         disk_read, spread = disk.read_lane(effort)
         told["disk_read"] = _told(spread.spread)
-        say("computing while the disk is read")
-        computing, reading = shares(backend, disk, facts.dtypes[0], effort)
-        told["computing_share"] = _told(computing.spread)
-        told["reading_share"] = _told(reading.spread)
+    say("computing while the disk is read")
+    computing, reading = shares(backend, facts.dtypes[0], directory, disk_read, effort)
+    told["computing_share"] = _told(computing.spread)
+    told["reading_share"] = _told(reading.spread)
     up = down = None
     if not facts.addressable:
         say("copies between host and device")
@@ -161,14 +161,12 @@ def _computer(
     say(f"{what}: everything else")
     memory = memory_rate(backend, effort)
     keep("memory_bytes_per_s", [memory.spread])
-    touched = touch_rate(backend, best, effort)
-    keep("touched_values_per_s", [touched.spread])
     sampled = sample_rate(backend, best, effort)
     keep("sampled_values_per_s", [sampled.spread])
     laid_out = lay_out_rate(backend, best, effort)
     say(f"{what}: visits of a layer")
-    visits = visit_costs(backend, best, directory, effort)
-    for field in ("visit_s", "piece_s"):
+    visits = visit_costs(backend, best, directory, effort, steps, prompt.median)
+    for field in ("visit_s", "piece_s", "touched_values_per_s", "stepped_values_per_s"):
         keep(field, [visits.spread])
     return Computer(
         products={form: each.resident for form, each in rated.items()},
@@ -176,15 +174,16 @@ def _computer(
         direct_rows={form: each.direct_rows for form, each in rated.items() if each.direct_rows},
         decoded_values_per_s=_medians(decoded),
         memory_bytes_per_s=memory.median,
-        touched_values_per_s=touched.median,
+        touched_values_per_s=visits.touched_values_per_s,
+        stepped_values_per_s=visits.stepped_values_per_s,
         prompt_attention_flops_per_s=prompt.median,
         cache_bytes_per_s=steps.bytes_per_s,
         unpacked_bytes_per_s=_medians({codec: both[0] for codec, both in caches.items()}),
         packed_bytes_per_s=_medians({codec: both[1] for codec, both in caches.items()}),
         sampled_values_per_s=sampled.median,
         laid_out_values_per_s=laid_out.median if laid_out is not None else math.inf,
-        visit_s=max(0.0, visits.visit_s - TINY_PAGES * steps.page_s),
-        piece_s=max(0.0, visits.piece_s - TINY_PAGES * steps.page_s),
+        visit_s=visits.visit_s,
+        piece_s=visits.piece_s,
         page_s=steps.page_s,
     )
 

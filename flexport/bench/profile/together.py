@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator
+import json
+import statistics
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
+import flexport
 from flexport.backend import Backend
-from flexport.bench.profile.kernels import multiplying
-from flexport.bench.profile.lanes import DiskFile
+from flexport.bench.profile.layers import DEPTH, Unpacked, open_layers, write_layers
 from flexport.bench.profile.timing import Effort, seconds_of
+from flexport.bench.profile.visits import STEP_PROMPT
 from flexport.bench.spread import Spread
 from flexport.engine.host_compute import HostCompute
-from flexport.policy import Budgets
+from flexport.planner.machine import Lane
+from flexport.policy import Budgets, Split
 from flexport.store.store import Store
 from flexport.torch_ops import torch_dtype
 
@@ -22,37 +24,55 @@ __all__ = ["crossing_cost", "shares"]
 
 ROUNDS = 3
 
+STEP_ROWS = 32
+"""Of decode steps whose computing takes less time than their weights take to come, so that the disk never rests."""
+
 CROSSING_FEATURES = 2048
 
 
-def shares(backend: Backend, disk: DiskFile, dtype: str, effort: Effort) -> tuple[Spread, Spread]:
-    """Shares of the product rate beside the disk's full rate, and of the reading rate beside products.
+def shares(
+    backend: Backend, dtype: str, directory: Path, disk_read: Lane, effort: Effort
+) -> tuple[Spread, Spread]:
+    """Shares of the device's rates beside the disk's full rate, and of the disk's beside computing.
 
-    Each is taken next to what it is a share of, so that a machine that slows down shows in both.
+    Decode steps with weights that stay are set beside the same with weights that stream: what
+    reads disturb is less the large products than all that is short, and starts and ends together.
     """
-    computing, reading = [], []
-    seconds = effort.disk_s / 2
-    products = multiplying(backend, dtype, effort)
-    _rate(products, seconds / 4)
-    for _ in range(ROUNDS):
-        alone = _rate(products, seconds)
-        read_alone = disk.read(disk.bundle_bytes, seconds)
-        found: list[float] = []
-        over = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="flexport-profile-", dir=directory) as folder:
+        write_layers(dtype, Path(folder), effort)
+        alone_s, _ = _steps(backend, dtype, Path(folder), Split(), effort)
+        beside_s, rates = _steps(backend, dtype, Path(folder), Split(device=0.0, disk=1.0), effort)
+    visit_s = statistics.fmean(alone_s)
+    return (
+        Spread.of([min(1.0, visit_s / each_s) for each_s in beside_s]),
+        Spread.of([min(1.0, rate / disk_read.bytes_per_s) for rate in rates]),
+    )
 
-        def read(found: list[float] = found, over: threading.Event = over) -> None:
-            found.append(disk.read(disk.bundle_bytes, 1e9, over.is_set))
 
-        reader = threading.Thread(target=read, name="flexport profile reads")
-        reader.start()
-        try:
-            beside = _rate(products, seconds)
-        finally:
-            over.set()
-            reader.join()
-        computing.append(min(1.0, beside / alone))
-        reading.append(min(1.0, found[0] / read_alone))
-    return Spread.of(computing), Spread.of(reading)
+def _steps(
+    backend: Backend, dtype: str, folder: Path, weights: Split, effort: Effort
+) -> tuple[list[float], list[float]]:
+    """Of each round, seconds of computing of a layer's visit, and bytes a second of the disk's lane."""
+    policy = flexport.Policy(weights=weights, batch_size=STEP_ROWS, num_batches=1)
+    sampling = flexport.SamplingParams(max_tokens=effort.decode_steps, ignore_eos=True)
+    rounds, trace, rates = min(ROUNDS, effort.rounds), folder / "trace.json", []
+    with closing(open_layers(Unpacked(backend), dtype, folder, policy, effort, trace)) as llm:
+        for _ in range(1 + rounds):
+            llm.generate([[5] * STEP_PROMPT] * STEP_ROWS, sampling)
+            busy_s, moved = llm.report["busy_seconds"], llm.report["moved_bytes"]
+            rates.append(moved["disk_to_host"] / max(busy_s["disk_to_host"], 1e-9))
+    # The embedding waits for rows of its table, and the head for the whole of its matrix.
+    names = {f"layer {layer}, batch 0" for layer in range(1, DEPTH + 1)}
+    events = json.loads(trace.read_text(encoding="utf-8"))
+    taken_s = [
+        event["dur"] / 1e6
+        for event in events
+        if event.get("cat") == "compute" and event["name"] in names
+    ]
+    size = len(taken_s) // (1 + rounds)
+    # The first job loads.
+    of_rounds = [taken_s[at * size : (at + 1) * size] for at in range(1, 1 + rounds)]
+    return [statistics.fmean(each) for each in of_rounds], rates[1:]
 
 
 def crossing_cost(
@@ -74,11 +94,3 @@ def crossing_cost(
         both = seconds_of(backend, there_and_back, effort.kernel_s, effort.rounds)
         alone = seconds_of(backend, lambda: x_TD.mul_(1.0), effort.kernel_s, effort.rounds)
     return Spread.of([max(0.0, each_s - alone.median) for each_s in both.values])
-
-
-def _rate(products: Iterator[float], seconds: float) -> float:
-    """Operations a second."""
-    flops, started_s = 0.0, time.perf_counter()
-    while not flops or time.perf_counter() - started_s < seconds:
-        flops += next(products)
-    return flops / (time.perf_counter() - started_s)

@@ -1,217 +1,220 @@
-"""What a visit of a decoder layer takes beside its products and its attention.
+"""What a visit of a decoder layer takes beside its products and the bytes that its attention reads.
 
 That is a fixed cost, for calls of kernels and what the engine does between them, and one for each
-token: norms, rotations, activations and sums pass through its states. The first is seen in tiny
-models, run by the engine, where there is nothing else; the second in one layer of the decoder
-whose products and attention are there already.
+token: norms, rotations, activations and sums pass through its states, its keys and values go to
+their pages. All of it is measured where it happens, in the engine and with layers of a usual size:
+what has just multiplied has pushed everything else out of the processor's caches, and a norm takes
+three times as long there as in a loop of its own.
 
-Dimension key: T tokens, H query heads, K key/value heads, E features of a head, F features of
-whatever a part gives, G columns of a page, N rows.
+Products are timed meanwhile, one by one, and taken off at the rate that the largest of them had in
+that very run; that smaller ones are less quick is a part of what is left.
 """
 
 from __future__ import annotations
 
-import json
+import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 import flexport
-from flexport.backend import Backend
-from flexport.bench.profile.timing import Effort, Timed, fit_line, seconds_of_each
+from flexport.backend import Backend, PacksWeights
+from flexport.bench.profile.attending import Reading
+from flexport.bench.profile.layers import (
+    DEPTH,
+    HEAD_DIM,
+    HIDDEN,
+    Unpacked,
+    open_layers,
+    write_layers,
+)
+from flexport.bench.profile.timing import Effort
 from flexport.bench.spread import Spread
-from flexport.engine.turns import VisitTurns
 from flexport.models import spec_of
-from flexport.models.decoder import decoder_layer
-from flexport.models.spec import Attention, ModelSpec
-from flexport.models.tensors import layer_tensors, touched_values
+from flexport.models.tensors import attention_flops, layer_tensors, touched_values
 from flexport.torch_ops import torch_dtype
 
-__all__ = ["Visits", "touch_rate", "visit_costs"]
-
-LAYER = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 4096,
-}
-"""A layer of TinyLlama 1.1B."""
-
-TINY = {**LAYER, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
-        "num_key_value_heads": 2}  # fmt: skip
-
-TOUCH_TOKENS = (64, 256, 1024)
-
-DEPTHS = (2, 10)
-"""Layers of two tiny models: the difference has no embedding and no head in it."""
+__all__ = ["STEP_PROMPT", "Visits", "visit_costs"]
 
 MANY_PIECES = 9
 
+STEP_ROWS, STEP_PROMPT = 64, 16
+"""Of decode steps of many rows, which see little cache."""
+
+PROMPT_ROWS, PROMPT_TOKENS, PROMPT_BLOCKS = 8, 128, 8
+"""Of prompts that pass a layer together, and how often some do."""
+
+SHORT_PROMPT, SHORT_PAGES = 4, 2
+"""Of a row alone: its tokens; and its pages, the prompt's and the one of what is decoded."""
+
 ROUNDS = 3
 
-TINY_PAGES = 2
-"""Of a row of a tiny model: its prompt's, and the one of what is decoded."""
+LEAST = 0.25
+"""Of what is left beside products, what each part of it is at least: the rest would be noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visits:
-    """Seconds, what pages cost included."""
+    """What `planner.machine.Computer` calls so."""
 
     visit_s: float
     piece_s: float
+    touched_values_per_s: float
+    stepped_values_per_s: float
     spread: float
 
 
-class _There:
-    """Weights whose products are made: what is measured is all that is not a product.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Product:
+    """One that was watched."""
 
-    A product that the decoder writes to is what it was when it is asked for again: 20 * sigmoid(20)
-    * 1 is 20. What is added to the states is 0, so that they do not grow.
+    tokens: int
+    values: int
+    """Of its weight."""
+    started_s: float
+    taken_s: float
+
+
+class _Watched(Unpacked):
+    """One whose products are timed, each until the device has done it."""
+
+    def __init__(self, own: Backend) -> None:
+        super().__init__(own)
+        self.products: list[_Product] = []
+
+    def pack(self, weight_FD: Tensor) -> Tensor:
+        return self._own.pack(weight_FD) if isinstance(self._own, PacksWeights) else weight_FD
+
+    def matmul(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+        self._own.sync()
+        started_s = time.perf_counter()
+        out_TF = self._own.matmul(x_TD, weight_FD, bias_F)
+        self._own.sync()
+        taken_s = time.perf_counter() - started_s
+        tokens, features = out_TF.shape
+        values = features * x_TD.shape[1]
+        self.products.append(
+            _Product(tokens=tokens, values=values, started_s=started_s, taken_s=taken_s)
+        )
+        return out_TF
+
+
+def visit_costs(
+    backend: Backend,
+    dtype: str,
+    directory: Path,
+    effort: Effort,
+    reading: Reading,
+    prompt_flops_per_s: float,
+) -> Visits:
+    """Decode steps of one row, of several as pieces of one visit, of many together; and prompts.
+
+    What attention takes for its bytes is known by now, and is taken off.
     """
-
-    def __init__(self, backend: Backend, spec: ModelSpec, num_tokens: int, dtype: torch.dtype):
-        self._vectors: dict[str, Tensor] = {}
-        self._products: dict[str, Tensor] = {}
-        for tensor in layer_tensors(spec, 1):
-            if tensor.kind == "norm":
-                self._vectors[tensor.slot] = backend.allocate(tensor.shape, dtype).fill_(1.0)
-            elif tensor.kind == "matrix":
-                part = tensor.slot.removesuffix(".weight")
-                product_TF = backend.allocate((num_tokens, tensor.shape[0]), dtype)
-                self._products[part] = product_TF.fill_(_FILLED.get(part, 0.0))
-
-    def linear(self, x_TD: Tensor, part: str) -> Tensor:
-        return self._products[part]
-
-    def linears(self, x_TD: Tensor, parts: Sequence[str]) -> list[Tensor]:
-        return [self._products[part] for part in parts]
-
-    def vector(self, slot: str) -> Tensor:
-        return self._vectors[slot]
-
-    def matrix(self, part: str) -> Tensor:
-        raise AssertionError(f"a plain layer has no {part}")
-
-    def rows(self, part: str, ids_T: Tensor) -> Tensor:
-        raise AssertionError(f"a decoder layer has no {part}")
-
-    def experts(self, picked: Sequence[int]) -> Iterator[int]:
-        raise AssertionError("a plain layer has no experts")
-
-
-_FILLED = {"gate": 20.0, "up": 1.0, "q": 1.0, "k": 1.0, "v": 1.0}
-
-
-def touch_rate(backend: Backend, dtype: str, effort: Effort) -> Spread:
-    """`touched_values` a second."""
-    item = torch_dtype(dtype)
-    spec = spec_of(LAYER)
-    values = touched_values(spec, 1)
-    # The MLP's two products, what becomes of them, and a norm in float32 are the most at once.
-    fits = effort.pool_bytes // (item.itemsize * 2 * values)
-    tokens = [each for each in TOUCH_TOKENS if each <= fits]
-    if len(tokens) < 2:
-        tokens = [1, 2]
-    with torch.inference_mode():
-        layers = [_layer(backend, spec, each, item, effort) for each in tokens]
-        seconds = seconds_of_each(layers, effort.rounds)
-    points = [(float(each), of.median) for each, of in zip(tokens, seconds, strict=True)]
-    line = fit_line(points)
-    found = values / line.slope if line.slope else values * tokens[-1] / points[-1][1]
-    # The noise is that of the largest: it has most of what is looked for.
-    return Spread.of([found * points[-1][1] / each_s for each_s in seconds[-1].values])
-
-
-def _layer(
-    backend: Backend, spec: ModelSpec, num_tokens: int, dtype: torch.dtype, effort: Effort
-) -> Timed:
-    """A layer whose products and attention are there."""
-    layer = spec.layers[0]
-    attention = layer.attention
-    assert isinstance(attention, Attention), attention
-    weights = _There(backend, spec, num_tokens, dtype)
-    positions = range(num_tokens)
-    turns = VisitTurns(backend, dtype, positions, positions, positions)
-    attended = backend.allocate((num_tokens, attention.out_size), dtype).fill_(0.0)
-    o_THE = attended.view(num_tokens, attention.num_heads, attention.head_dim)
-    plane = (1, attention.num_kv_heads, num_tokens, attention.head_dim)
-    pages = [backend.allocate(plane, dtype) for _ in range(2)]
-    x_TD = backend.allocate((num_tokens, spec.hidden_size), dtype).fill_(1.0)
-
-    def attend(
-        q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor | None, sinks_H: Tensor | None
-    ) -> Tensor:
-        """Keys and values go to their pages, and what comes out to its place, as they do."""
-        assert sinks_H is None, "a plain layer has no sinks"
-        for page_1KGE, new_TKE in zip(pages, (k_TKE, v_TKE), strict=True):
-            assert new_TKE is not None, "keys are no values here"
-            page_1KGE[0] = new_TKE.transpose(0, 1)
-        out_THE = torch.empty_like(q_THE)
-        return out_THE.copy_(o_THE)
-
-    return Timed(
-        backend,
-        lambda: decoder_layer(spec, layer, weights, x_TD, attend, turns),
-        effort.kernel_s / effort.rounds,
-    )
-
-
-def visit_costs(backend: Backend, dtype: str, directory: Path, effort: Effort) -> Visits:
-    """The engine's decode steps of rows of one token, alone and as pieces of one visit."""
-    seconds: dict[tuple[int, int], Spread] = {}
     with tempfile.TemporaryDirectory(prefix="flexport-profile-", dir=directory) as folder:
-        for depth in DEPTHS:
-            model = Path(folder) / str(depth)
-            model.mkdir()
-            config = {**TINY, "num_hidden_layers": depth}
-            (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            for pieces in (1, MANY_PIECES):
-                seconds[depth, pieces] = _step_seconds(
-                    backend, dtype, model, Path(folder), pieces, effort
-                )
-    few, many = DEPTHS
-    one_s, all_s = (
-        (seconds[many, pieces].median - seconds[few, pieces].median) / (many - few)
-        for pieces in (1, MANY_PIECES)
-    )
+        config = write_layers(dtype, Path(folder), effort)
+        spec, scale = spec_of(config), config["hidden_size"] / HIDDEN
+        step_rows, prompt_rows = max(2, int(STEP_ROWS * scale)), max(1, int(PROMPT_ROWS * scale))
+        engine = _Engine(backend, dtype, config, Path(folder), effort)
+        one = engine.steps(1, 1, SHORT_PROMPT)
+        pieces = engine.steps(1, MANY_PIECES, SHORT_PROMPT)
+        steps = engine.steps(step_rows, 1, STEP_PROMPT)
+        prompts = engine.prompts(prompt_rows)
+    values, tokens = touched_values(spec, 1), prompt_rows * PROMPT_TOKENS
+    page_bytes = 2 * config["num_key_value_heads"] * HEAD_DIM * torch_dtype(dtype).itemsize
+    queries = config["num_attention_heads"] // config["num_key_value_heads"]
+    known = max(each for each in reading.bytes_per_s if each <= queries)
+    columns = STEP_PROMPT + effort.decode_steps / 2
+    read_s = step_rows * columns * page_bytes / reading.bytes_per_s[known]
+    pairs = tokens * (PROMPT_TOKENS + 1) / 2
+    scored_s = pairs * attention_flops(spec, 0, 1) / prompt_flops_per_s
+
+    def rate(of_tokens: int, beside: Spread, known_s: float) -> float:
+        """Values a second of what is neither fixed nor attention's bytes."""
+        all_s = _mean(beside)
+        return of_tokens * values / max(all_s - _mean(one) - known_s, LEAST * all_s)
+
+    piece_s = (_mean(pieces) - _mean(one)) / (MANY_PIECES - 1)
     return Visits(
-        visit_s=max(one_s, 0.0),
-        piece_s=max(0.0, (all_s - one_s) / (MANY_PIECES - 1)),
-        spread=max(each.spread for each in seconds.values()),
+        visit_s=max(0.0, _mean(one) - SHORT_PAGES * reading.page_s),
+        piece_s=max(0.0, piece_s - SHORT_PAGES * reading.page_s),
+        touched_values_per_s=rate(tokens, prompts, scored_s),
+        stepped_values_per_s=rate(step_rows, steps, read_s),
+        spread=max(each.spread for each in (one, pieces, steps, prompts)),
     )
 
 
-def _step_seconds(
-    backend: Backend, dtype: str, model: Path, directory: Path, pieces: int, effort: Effort
-) -> Spread:
-    """Seconds of a decode step of so many batches of one row, which pass each layer together."""
-    memory = effort.pool_bytes
-    policy = flexport.Policy(
-        batch_size=1, num_batches=pieces, prefill_tokens=1024, sweep_tokens=1024
-    )
-    sampling = flexport.SamplingParams(max_tokens=effort.decode_steps + 1, ignore_eos=True)
-    with flexport.LLM(
-        model,
-        load_format="dummy",
-        backend=backend,
-        dtype=dtype,
-        policy=policy,
-        device_memory=memory,
-        host_memory=None if backend.capabilities.unified else memory,
-        disk_memory=memory,
-        offload_dir=directory,
-    ) as llm:
-        found = []
-        for number in range(1 + min(ROUNDS, effort.rounds)):
-            llm.generate([[5] * 4] * pieces, sampling)
-            if number:  # the first job loads
-                found.append(llm.report["seconds"]["decode"] / effort.decode_steps)
-    return Spread.of(found)
+class _Engine:
+    """The engine with a model of few layers; says what a visit of one takes beside its products."""
+
+    def __init__(
+        self, backend: Backend, dtype: str, config: dict[str, Any], folder: Path, effort: Effort
+    ) -> None:
+        """`folder` has the model of this config."""
+        self._backend, self._dtype = backend, dtype
+        self._folder, self._effort = folder, effort
+        layer = layer_tensors(spec_of(config), 1)
+        matrices = [tensor for tensor in layer if tensor.kind == "matrix"]
+        self._values = [tensor.num_values for tensor in matrices]
+
+    def steps(self, batch_size: int, num_batches: int, prompt_tokens: int) -> Spread:
+        """Of decode steps of so many batches, all passing a layer together; a value each round."""
+        rows = batch_size * num_batches
+        return self._run(
+            batch_size, num_batches, rows, prompt_tokens, self._effort.decode_steps, rows
+        )
+
+    def prompts(self, batch_size: int) -> Spread:
+        """Of prompts of so many rows at a time."""
+        tokens = batch_size * PROMPT_TOKENS
+        return self._run(batch_size, 1, PROMPT_BLOCKS * batch_size, PROMPT_TOKENS, 0, tokens)
+
+    def _run(
+        self,
+        batch_size: int,
+        num_batches: int,
+        num_rows: int,
+        prompt_tokens: int,
+        num_steps: int,
+        visit_tokens: int,
+    ) -> Spread:
+        """Of the visits that have so many tokens."""
+        most_tokens = max(1024, batch_size * prompt_tokens)
+        policy = flexport.Policy(
+            batch_size=batch_size,
+            num_batches=num_batches,
+            prefill_tokens=most_tokens,
+            sweep_tokens=most_tokens if num_batches > 1 else 0,
+        )
+        sampling = flexport.SamplingParams(max_tokens=num_steps + 1, ignore_eos=True)
+        watched, found = _Watched(self._backend), []
+        with closing(open_layers(watched, self._dtype, self._folder, policy, self._effort)) as llm:
+            for number in range(1 + min(ROUNDS, self._effort.rounds)):
+                watched.products.clear()
+                llm.generate([[5] * prompt_tokens] * num_rows, sampling)
+                if number:  # the first job loads
+                    found.append(self._beside(watched.products, visit_tokens))
+        return Spread.of(found)
+
+    def _beside(self, products: Sequence[_Product], tokens: int) -> float:
+        """Seconds of a layer's visit, from one layer's first product to the next one's, without products."""
+        own = [each for each in products if each.tokens == tokens and each.values in self._values]
+        largest = [each.taken_s for each in own if each.values == max(self._values)]
+        products_s = statistics.fmean(largest) / max(self._values) * sum(self._values)
+        firsts = [each.started_s for each in own[:: len(self._values)]]
+        return statistics.fmean(
+            firsts[layer + 1] - firsts[layer] - products_s
+            for sweep in range(0, len(firsts), DEPTH)
+            for layer in range(sweep, sweep + DEPTH - 1)
+        )
+
+
+def _mean(spread: Spread) -> float:
+    """A job meets good moments and bad ones."""
+    return max(1e-9, statistics.fmean(spread.values))
