@@ -15,7 +15,6 @@ from flexport.engine.stored import TensorSize
 from flexport.models.spec import Attention, Experts, LatentAttention, Layer, ModelSpec
 from flexport.models.tensors import (
     TensorSpec,
-    flops_per_token,
     is_projection,
     layer_tensors,
     owned_tensors,
@@ -103,13 +102,12 @@ def model_sizes(
         head_token_bytes=spec.vocab_size * (item_bytes + 8),
         # Scores and their softmax, in float32.
         score_bytes=max(layer.attention.num_heads for layer in spec.layers) * 8,
-        token_flops=flops_per_token(spec),
         crossing_token_bytes=max(_crossing_values(layer.attention) for layer in spec.layers)
         * item_bytes,
         projection_bytes=sum(
             each.disk_bytes for own in layers for tensor, each in own if is_projection(tensor)
         ),
-        projection_flops=2 * projections,
+        projection_values=projections,
         max_positions=spec.max_positions,
     )
 

@@ -33,7 +33,6 @@ from flexport.models.summary import num_active_parameters, summary
 from flexport.models.tensors import (
     TensorSpec,
     attention_flops,
-    flops_per_token,
     kv_bytes_per_token,
     layer_bytes,
     layer_flops,
@@ -65,7 +64,6 @@ __all__ = [
     "build_model",
     "checkpoint_names",
     "families",
-    "flops_per_token",
     "known_config",
     "known_names",
     "kv_bytes_per_token",

@@ -31,7 +31,6 @@ __all__ = [
     "attention_flops",
     "distinct_layers",
     "expert_slot",
-    "flops_per_token",
     "is_projection",
     "kv_bytes_per_token",
     "layer_bytes",
@@ -412,15 +411,6 @@ def attention_flops(spec: ModelSpec, layer: int, num_keys: int) -> int:
     attention = spec.layers[layer].attention
     seen = num_keys if attention.window is None else min(num_keys, attention.window)
     return 4 * attention.query_size * seen
-
-
-def flops_per_token(spec: ModelSpec, num_keys: int = 0) -> int:
-    """All multiplications and additions of one token that sees `num_keys` keys, head included."""
-    ends = layer_flops(spec, 0) + layer_flops(spec, spec.head_layer)
-    return ends + sum(
-        count * (layer_flops(spec, layer) + attention_flops(spec, layer - 1, num_keys))
-        for layer, count in distinct_layers(spec).items()
-    )
 
 
 def num_parameters(spec: ModelSpec) -> int:

@@ -388,11 +388,6 @@ class Costs:
 
     # ---- what is computed
 
-    def _form(self, tokens: float) -> str | None:
-        """What packed weights are multiplied in as they are; None: they are decoded."""
-        codec = self.work.codec
-        return codec if tokens <= self.device.direct_rows.get(codec, 0) else None
-
     def _products_s(self, matrices: Matrices, tokens: float, streamed: float, first: bool) -> float:
         """Products of so many tokens with matrices of which the share `streamed` has just come."""
         codec, packed_values = self.work.codec, matrices.packed_values
@@ -485,7 +480,7 @@ class Costs:
         host, share = self.machine.host, self._on_host(layer, visit)
         if host is None or not share:
             return
-        values = share * self.model.projection_flops / 2 / len(self.work.order)
+        values = share * self.model.projection_values / len(self.work.order)
         taken_s = host.product_s(self._dtype, visit.tokens, values, streamed=True)
         spared_s = self._product_s(self._dtype, visit.tokens, values, 1.0)
         cost.host_s += taken_s

@@ -187,14 +187,12 @@ class ModelSizes:
     """Logits of one token and their copies."""
     score_bytes: int
     """Attention scores of one row and column in a decode step."""
-    token_flops: int
-    """Multiplications and additions of one token."""
     crossing_token_bytes: int
     """Queries, new keys and values, and results of one token in one layer."""
     projection_bytes: int
     """Query, key and value matrices of all layers, as they lie on disk."""
-    projection_flops: int
-    """Of token_flops, those of these matrices."""
+    projection_values: int
+    """Numbers in these matrices."""
     max_positions: int
     """The longest row the model takes."""
 

@@ -40,10 +40,9 @@ def model(**changed: Any) -> ModelSizes:
         "work_token_bytes": 0,
         "head_token_bytes": 0,
         "score_bytes": 0,
-        "token_flops": 0,
         "crossing_token_bytes": 2 * 3000 + 8 * KIB,
         "projection_bytes": 3 * 300 * KIB,
-        "projection_flops": 3 * 600,
+        "projection_values": 3 * 300,
         "max_positions": 2048,
     }
     return ModelSizes(**values | changed)
