@@ -1,0 +1,90 @@
+"""Jobs that predictions and plans are judged by: rows of made-up tokens, on one of the shapes known."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexport.bench.checkpoint import shared_checkpoint
+from flexport.planner.footprint import JobSizes
+from flexport.records import SamplingParams
+
+if TYPE_CHECKING:
+    from flexport.engine.plan import Plan
+
+__all__ = ["Case", "ran"]
+
+WARM_ROWS = 16
+"""Of the short run that comes before any that counts."""
+
+_FIRST_ORDINARY_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A job under a policy."""
+
+    name: str
+    model: str
+    dtype: str = "bfloat16"
+    """Of the weights, and computed in."""
+    rows: int
+    prompt: tuple[int, int]
+    """Shortest and longest prompt, in tokens."""
+    new: int
+    """Tokens that each row is continued by."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `flexport.LLM`."""
+
+    def checkpoint(self, directory: Path) -> Path:
+        """The model, made below `directory` if it is not there."""
+        return shared_checkpoint(self.model, self.dtype, directory)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of each row's prompt."""
+        draw = random.Random(0)
+        return [draw.randint(*self.prompt) for _ in range(self.rows)]
+
+    @property
+    def job(self) -> JobSizes:
+        """What a plan is made for."""
+        return JobSizes(
+            prompt_tokens=max(self.lengths),
+            new_tokens=self.new,
+            num_rows=self.rows,
+            mean_prompt_tokens=statistics.fmean(self.lengths),
+        )
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        """Token ids of each row."""
+        draw = random.Random(0)
+        return [
+            [draw.randrange(_FIRST_ORDINARY_TOKEN, vocab_size) for _ in range(length)]
+            for length in self.lengths
+        ]
+
+
+def ran(
+    case: Case, backend: str, directory: Path, repeats: int = 1
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """The case's plan, and the reports of `repeats` runs after a short one, which loads.
+
+    Models are made in `directory`, and tensors spilled there.
+    """
+    from flexport import LLM
+
+    model = case.checkpoint(directory / "models")
+    options = {"backend": backend, "dtype": case.dtype, "offload_dir": directory, **case.settings}
+    with LLM(model, **options) as llm:
+        prompts = case.prompts(llm.vocab_size)
+        llm.generate(prompts[:WARM_ROWS], SamplingParams(max_tokens=2))
+        reports = []
+        for _ in range(repeats):
+            llm.generate(prompts, SamplingParams(max_tokens=case.new, ignore_eos=True))
+            reports.append(llm.report)
+        assert llm.plan is not None
+        return llm.plan, reports
