@@ -68,36 +68,36 @@ _LLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 SETTINGS = (
     Setting(
-        case=Case(name="in memory", model=_LLAMA, rows=96, prompt=(128, 128), new=24),
+        case=Case(name="in memory", model=_LLAMA, rows=64, prompt=(64, 64), new=12),
         device_memory="8GiB",
     ),
     Setting(
-        case=Case(name="weights twice the memory", model=_LLAMA, rows=96, prompt=(64, 64), new=24),
+        case=Case(name="weights twice the memory", model=_LLAMA, rows=96, prompt=(64, 64), new=12),
         device_memory="1GiB",
     ),
     Setting(
         case=Case(
-            name="weights and cache each as large as the memory",
+            name="weights and cache twice the memory",
             model="facebook/opt-1.3b",
-            rows=48,
+            rows=32,
             prompt=(200, 200),
-            new=24,
+            new=12,
         ),
-        device_memory="2560MiB",
+        device_memory="2GiB",
     ),
 )
 """Of a device whose memory is the host's."""
 
 _small = Case(
     name="a device that holds half of the weights",
-    model="facebook/opt-350m",
+    model="facebook/opt-125m",
     dtype="float32",
     rows=48,
-    prompt=(64, 64),
+    prompt=(32, 32),
     new=16,
 )
 
-BESIDE_SETTINGS = (Setting(case=_small, device_memory="700MiB", host_memory="8GiB"),)
+BESIDE_SETTINGS = (Setting(case=_small, device_memory="400MiB", host_memory="8GiB"),)
 """Of one that has memory of its own."""
 
 

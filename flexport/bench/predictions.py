@@ -42,7 +42,7 @@ def _block(batch_size: int, num_batches: int = 1, **more: Any) -> dict[str, Any]
 
 _llama = partial(Case, model=LLAMA, rows=64, prompt=(128, 128), new=24)
 _opt = partial(Case, model=OPT, rows=32, prompt=(128, 128), new=24)
-_small = partial(Case, model="facebook/opt-350m", dtype="float32", rows=32, prompt=(64, 64), new=16)
+_small = partial(Case, model="facebook/opt-125m", dtype="float32", rows=32, prompt=(32, 32), new=16)
 
 CASES = (
     _llama(name="in memory, 1 x 64", settings=_block(64)),
@@ -95,8 +95,8 @@ BESIDE_CASES = (
         settings=_block(16, 2, percent=(100, 0, 0, 100, 100, 0), cpu_attention="on"),
     ),
     _small(
-        name="all on the host, prompts of 8 to 120 tokens, 4 x 8",
-        prompt=(8, 120),
+        name="all on the host, prompts of 4 to 60 tokens, 4 x 8",
+        prompt=(4, 60),
         settings=_block(8, 4, percent=(0, 100, 0, 100, 0, 100), cpu_attention="off"),
     ),
 )

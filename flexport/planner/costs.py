@@ -182,12 +182,12 @@ class Costs:
         caches = self.model.caches[kind.caches]
         self._cache(cost, visit, caches)
         streamed = self._away[layer]
-        cost.compute_s += (
-            self.device.visit_s
-            + (visit.pieces - 1) * self.device.piece_s
-            + self.device.touch_s(visit.prompt_tokens, visit.step_rows, kind.touched_values)
+        cost.compute_s += self._launched_s(
+            self.device.visit_s + (visit.pieces - 1) * self.device.piece_s,
+            self.device.touch_s(visit.prompt_tokens, visit.step_rows, kind.touched_values)
             + self._products_s(kind.dense, visit.tokens, streamed, first)
-            + self._experts_s(kind, visit.tokens, streamed, first)
+            + self._experts_s(kind, visit.tokens, streamed, first),
+            waits=self._on_host(layer, visit) > 0,
         )
         self._attention(cost, visit, kind, caches)
         self._projections(cost, visit, layer, caches)
@@ -388,6 +388,14 @@ class Costs:
 
     # ---- what is computed
 
+    def _launched_s(self, launches_s: float, work_s: float, *, waits: bool = False) -> float:
+        """Kernels' launches and their work, which goes on meanwhile where it is asynchronous.
+
+        Not if it `waits` for the CPU in between, with nothing in its queue.
+        """
+        at_once = self.device.asynchronous and not waits
+        return max(launches_s, work_s) if at_once else launches_s + work_s
+
     def _products_s(self, matrices: Matrices, tokens: float, streamed: float, first: bool) -> float:
         """Products of so many tokens with matrices of which the share `streamed` has just come."""
         codec, packed_values = self.work.codec, matrices.packed_values
@@ -420,8 +428,9 @@ class Costs:
         if not visit.sampled:
             return
         head, device = self.work.head, self.device
-        cost.compute_s += device.visit_s / 2
-        cost.compute_s += self._products_s(head, visit.sampled, self._away[-1], first)
+        cost.compute_s += self._launched_s(
+            device.visit_s / 2, self._products_s(head, visit.sampled, self._away[-1], first)
+        )
         cost.compute_s += visit.sampled * self.work.vocab_size / device.sampled_values_per_s
 
     def _attention(

@@ -130,6 +130,9 @@ class Computer:
     """What each further piece of a visit costs: its own attention, its own pages."""
     page_s: float = 0.0
     """What each page of a piece's cache costs, for a kernel's call of its own."""
+    asynchronous: bool = False
+    """Whether kernels are queued, and run while further ones are launched: then a visit takes as long as
+    its launches or its work, whichever is longer, and not both."""
 
     def product_s(self, form: str, rows: float, values: float, *, streamed: bool) -> float:
         """Products of so many rows with weights of so many values."""

@@ -79,4 +79,6 @@ def test_a_device_with_memory_of_its_own_has_links_and_a_cpu_beside_it(
     assert machine.host_bytes > 0
     assert machine.device_bytes == backend.capabilities.memory_bytes
     assert machine.crossing_s > 0
+    assert machine.device.asynchronous
+    assert not machine.host.asynchronous
     assert list(tmp_path.iterdir()) == []

@@ -56,6 +56,28 @@ def test_further_pieces_cost_a_call_and_their_pages_too():
     assert cost.compute_s == pytest.approx(beside_s + 2 * (STEPS_S - 8) - 1)
 
 
+def test_kernels_of_an_asynchronous_device_run_while_further_ones_are_launched():
+    ahead = machine(device=computer(asynchronous=True))
+    steps = 4 * 70 / 700 + 1
+
+    costs = costs_of(Policy(), machine=ahead)
+
+    # Launches take 8 s: less than the work of prompts, and more than that of steps.
+    assert costs.visit(1, PROMPTS).compute_s == pytest.approx(PROMPTS_S - 8)
+    assert costs.visit(1, STEPS).compute_s == pytest.approx(STEPS_S - steps)
+    assert costs.visit(4, PROMPTS).compute_s == pytest.approx(4 + 2 * 30 / 60)
+
+
+def test_a_device_that_waits_for_the_cpus_projections_has_nothing_in_its_queue():
+    device, policy = computer(asynchronous=True), Policy(weights=HOST, cpu_projections=True)
+    ahead, behind = (
+        costs_of(policy, machine=machine(device=each)) for each in (device, computer())
+    )
+
+    assert ahead.visit(1, STEPS).compute_s == behind.visit(1, STEPS).compute_s
+    assert ahead.visit(1, PROMPTS).compute_s < behind.visit(1, PROMPTS).compute_s
+
+
 def test_weights_on_disk_come_once_a_sweep_and_stay_until_it_has_passed():
     costs = costs_of(Policy(weights=DISK))
 

@@ -165,7 +165,9 @@ def _computer(
     keep("sampled_values_per_s", [sampled.spread])
     laid_out = lay_out_rate(backend, best, effort)
     say(f"{what}: visits of a layer")
-    visits = visit_costs(backend, best, directory, effort, steps, prompt.median)
+    visits = visit_costs(
+        backend, best, directory, effort, rated[best].resident, steps, prompt.median
+    )
     for field in ("visit_s", "piece_s", "touched_values_per_s", "stepped_values_per_s"):
         keep(field, [visits.spread])
     return Computer(
@@ -185,6 +187,7 @@ def _computer(
         visit_s=visits.visit_s,
         piece_s=visits.piece_s,
         page_s=steps.page_s,
+        asynchronous=not backend.capabilities.addressable,
     )
 
 

@@ -8,6 +8,10 @@ three times as long there as in a loop of its own.
 
 Products are timed meanwhile, one by one, and taken off at the rate that the largest of them had in
 that very run; that smaller ones are less quick is a part of what is left.
+
+An asynchronous device runs kernels while further ones are launched, and to wait for each product would
+spoil that: there a visit is waited for as a whole. One of a single token takes as long as its launches;
+from one of many, products are taken off at the rate that they were found to have.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from flexport.bench.profile.timing import Effort
 from flexport.bench.spread import Spread
 from flexport.models import spec_of
 from flexport.models.tensors import attention_flops, layer_tensors, touched_values
+from flexport.planner.machine import Curve
 from flexport.torch_ops import torch_dtype
 
 __all__ = ["STEP_PROMPT", "Visits", "visit_costs"]
@@ -57,6 +62,9 @@ ROUNDS = 3
 
 LEAST = 0.25
 """Of what is left beside products, what each part of it is at least: the rest would be noise."""
+
+NOISE = 0.01
+"""Of a visit, what the difference of two measurements is at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,23 +90,35 @@ class _Product:
 
 
 class _Watched(Unpacked):
-    """One whose products are timed, each until the device has done it."""
+    """One whose products are timed, each until the device has done it.
 
-    def __init__(self, own: Backend) -> None:
+    Or, if the device is asynchronous, waited for with the last one of a layer's visit.
+    """
+
+    def __init__(self, own: Backend, layer_values: Sequence[int]) -> None:
+        """`layer_values` are those of each matrix of a layer."""
         super().__init__(own)
         self.products: list[_Product] = []
+        self.each = own.capabilities.addressable
+        self._layer_values = layer_values
+        self._num_in_layers = 0
 
     def pack(self, weight_FD: Tensor) -> Tensor:
         return self._own.pack(weight_FD) if isinstance(self._own, PacksWeights) else weight_FD
 
     def matmul(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-        self._own.sync()
+        if self.each:
+            self._own.sync()
         started_s = time.perf_counter()
         out_TF = self._own.matmul(x_TD, weight_FD, bias_F)
-        self._own.sync()
-        taken_s = time.perf_counter() - started_s
         tokens, features = out_TF.shape
         values = features * x_TD.shape[1]
+        if values in self._layer_values:
+            self._num_in_layers += 1
+        if self.each or self._num_in_layers == len(self._layer_values):
+            self._own.sync()
+            self._num_in_layers = 0
+        taken_s = time.perf_counter() - started_s
         self.products.append(
             _Product(tokens=tokens, values=values, started_s=started_s, taken_s=taken_s)
         )
@@ -110,12 +130,14 @@ def visit_costs(
     dtype: str,
     directory: Path,
     effort: Effort,
+    rate_of_products: Curve,
     reading: Reading,
     prompt_flops_per_s: float,
 ) -> Visits:
     """Decode steps of one row, of several as pieces of one visit, of many together; and prompts.
 
-    What attention takes for its bytes is known by now, and is taken off.
+    What attention takes for its bytes is known by now, and is taken off; and so are products, where they
+    are not watched.
     """
     with tempfile.TemporaryDirectory(prefix="flexport-profile-", dir=directory) as folder:
         config = write_layers(dtype, Path(folder), effort)
@@ -127,6 +149,13 @@ def visit_costs(
         steps = engine.steps(step_rows, 1, STEP_PROMPT)
         prompts = engine.prompts(prompt_rows)
     values, tokens = touched_values(spec, 1), prompt_rows * PROMPT_TOKENS
+    launches_s, step_products_s, prompt_products_s = _mean(one), 0.0, 0.0
+    if not backend.capabilities.addressable:  # it is asynchronous
+        launches_s = 0.0
+        step_products_s, prompt_products_s = (
+            rate_of_products.seconds(of_tokens, engine.layer_values)
+            for of_tokens in (step_rows, tokens)
+        )
     page_bytes = 2 * config["num_key_value_heads"] * HEAD_DIM * torch_dtype(dtype).itemsize
     queries = config["num_attention_heads"] // config["num_key_value_heads"]
     known = max(each for each in reading.bytes_per_s if each <= queries)
@@ -135,17 +164,20 @@ def visit_costs(
     pairs = tokens * (PROMPT_TOKENS + 1) / 2
     scored_s = pairs * attention_flops(spec, 0, 1) / prompt_flops_per_s
 
-    def rate(of_tokens: int, beside: Spread, known_s: float) -> float:
-        """Values a second of what is neither fixed nor attention's bytes."""
+    def rate(of_tokens: int, beside: Spread, products_s: float, known_s: float) -> float:
+        """Values a second of what is neither launches, nor products, nor attention's bytes."""
         all_s = _mean(beside)
-        return of_tokens * values / max(all_s - _mean(one) - known_s, LEAST * all_s)
+        rest_s = all_s - products_s
+        return (
+            of_tokens * values / max(rest_s - launches_s - known_s, LEAST * rest_s, NOISE * all_s)
+        )
 
     piece_s = (_mean(pieces) - _mean(one)) / (MANY_PIECES - 1)
     return Visits(
         visit_s=max(0.0, _mean(one) - SHORT_PAGES * reading.page_s),
         piece_s=max(0.0, piece_s - SHORT_PAGES * reading.page_s),
-        touched_values_per_s=rate(tokens, prompts, scored_s),
-        stepped_values_per_s=rate(step_rows, steps, read_s),
+        touched_values_per_s=rate(tokens, prompts, prompt_products_s, scored_s),
+        stepped_values_per_s=rate(step_rows, steps, step_products_s, read_s),
         spread=max(each.spread for each in (one, pieces, steps, prompts)),
     )
 
@@ -162,6 +194,7 @@ class _Engine:
         layer = layer_tensors(spec_of(config), 1)
         matrices = [tensor for tensor in layer if tensor.kind == "matrix"]
         self._values = [tensor.num_values for tensor in matrices]
+        self.layer_values = sum(self._values)
 
     def steps(self, batch_size: int, num_batches: int, prompt_tokens: int) -> Spread:
         """Of decode steps of so many batches, all passing a layer together; a value each round."""
@@ -193,20 +226,29 @@ class _Engine:
             sweep_tokens=most_tokens if num_batches > 1 else 0,
         )
         sampling = flexport.SamplingParams(max_tokens=num_steps + 1, ignore_eos=True)
-        watched, found = _Watched(self._backend), []
+        watched, found = _Watched(self._backend, self._values), []
         with closing(open_layers(watched, self._dtype, self._folder, policy, self._effort)) as llm:
             for number in range(1 + min(ROUNDS, self._effort.rounds)):
                 watched.products.clear()
                 llm.generate([[5] * prompt_tokens] * num_rows, sampling)
                 if number:  # the first job loads
-                    found.append(self._beside(watched.products, visit_tokens))
+                    found.append(self._beside(watched, visit_tokens))
         return Spread.of(found)
 
-    def _beside(self, products: Sequence[_Product], tokens: int) -> float:
-        """Seconds of a layer's visit, from one layer's first product to the next one's, without products."""
-        own = [each for each in products if each.tokens == tokens and each.values in self._values]
-        largest = [each.taken_s for each in own if each.values == max(self._values)]
-        products_s = statistics.fmean(largest) / max(self._values) * sum(self._values)
+    def _beside(self, watched: _Watched, tokens: int) -> float:
+        """Seconds of a layer's visit, from one layer's first product to the next one's.
+
+        Without products, where these are watched one by one.
+        """
+        own = [
+            each
+            for each in watched.products
+            if each.tokens == tokens and each.values in self._values
+        ]
+        products_s = 0.0
+        if watched.each:
+            largest = [each.taken_s for each in own if each.values == max(self._values)]
+            products_s = statistics.fmean(largest) / max(self._values) * self.layer_values
         firsts = [each.started_s for each in own[:: len(self._values)]]
         return statistics.fmean(
             firsts[layer + 1] - firsts[layer] - products_s
