@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexport import process
 from flexport.bench.checkpoint import shared_checkpoint
 from flexport.planner.footprint import JobSizes
 from flexport.records import SamplingParams
+from flexport.registry import open_backend
 
 if TYPE_CHECKING:
     from flexport.engine.plan import Plan
 
-__all__ = ["Case", "ran"]
+__all__ = ["Case", "arguments", "is_asked_for", "ran", "row", "write"]
 
 WARM_ROWS = 16
 """Of the short run that comes before any that counts."""
@@ -88,3 +94,42 @@ def ran(
             reports.append(llm.report)
         assert llm.plan is not None
         return llm.plan, reports
+
+
+# ---- as commands
+
+
+def arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """What a command is asked for; `backend` is a name, and `unified` whether its memory is the host's."""
+    process.prepare()
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--backend", default="auto", help="which device (default: the best)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs that count (default: 3)")
+    parser.add_argument("--only", action="append", help="cases that have this text; repeatable")
+    parser.add_argument("--json", action="store_true", help="JSON lines in place of a table")
+    parser.add_argument(
+        "--dir", type=Path, default=Path(tempfile.gettempdir()) / "flexport-bench",
+        help="where models are made and tensors spilled (default: in the temporary directory)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    args.dir.mkdir(parents=True, exist_ok=True)
+    args.backend, backend = open_backend(args.backend)
+    args.unified = backend.capabilities.unified
+    backend.close()
+    return args
+
+
+def is_asked_for(args: argparse.Namespace, case: Case) -> bool:
+    """Whether its name has one of the texts of --only."""
+    return any(word in case.name for word in args.only or [""])
+
+
+def row(*cells: str) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def write(line: str) -> None:
+    """Print it at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

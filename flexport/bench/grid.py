@@ -11,20 +11,17 @@ in turn with the chosen one, and of these runs the medians count.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from flexport import process
-from flexport.bench.cases import Case, ran
+from flexport.bench.cases import Case, arguments, is_asked_for, ran, row, write
 from flexport.engine.limits import default_budgets
 from flexport.engine.machines import machine_here
 from flexport.engine.planning import Planning
@@ -240,37 +237,22 @@ def _described(policy: Policy) -> str:
 
 
 def _line(found: Found) -> str:
-    cells = (
+    return row(
         _described(found.policy),
         f"{found.predicted_tok_s:.1f}",
         f"{found.measured_tok_s:.1f}",
         f"{found.of_chosen:.2f}",
     )
-    return f"| {' | '.join(cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the settings and print a table of each, or a JSON line for each policy."""
-    process.prepare()
-    parser = argparse.ArgumentParser(description="The chosen policy beside the best of a grid.")
-    parser.add_argument("--backend", default="auto", help="which device (default: the best)")
-    parser.add_argument("--repeats", type=int, default=3, help="of the final (default: 3)")
-    parser.add_argument("--only", action="append", help="settings that have this text; repeatable")
-    parser.add_argument("--json", action="store_true", help="a JSON line for each policy")
-    parser.add_argument(
-        "--dir", type=Path, default=Path(tempfile.gettempdir()) / "flexport-bench",
-        help="where models are made and tensors spilled (default: in the temporary directory)",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    args.dir.mkdir(parents=True, exist_ok=True)
-    name, backend = open_backend(args.backend)
-    unified = backend.capabilities.unified
-    backend.close()
-    for setting in SETTINGS if unified else BESIDE_SETTINGS:
-        if not any(word in setting.case.name for word in args.only or [""]):
+    args = arguments("The chosen policy beside the best of a grid.", argv)
+    for setting in SETTINGS if args.unified else BESIDE_SETTINGS:
+        if not is_asked_for(args, setting.case):
             continue
         results = []
-        for found in judge(setting, name, args.dir, args.repeats):
+        for found in judge(setting, args.backend, args.dir, args.repeats):
             results.append(found)
             sys.stderr.write(f"{setting.case.name}: {_line(found)}\n")
             if args.json:
@@ -281,9 +263,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "measured_tok_s": found.measured_tok_s,
                     "of_chosen": found.of_chosen,
                 }
-                _print(json.dumps(data))
+                write(json.dumps(data))
         if not args.json:
-            _print(_table(setting, results))
+            write(_table(setting, results))
 
 
 def _table(setting: Setting, results: Sequence[Found]) -> str:
@@ -303,11 +285,6 @@ def _table(setting: Setting, results: Sequence[Found]) -> str:
             "",
         ]
     )
-
-
-def _print(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Predicted beside measured, for policies of all kinds: `python -m flexport.bench.predictions`.
 
 Each case is a job under a policy of its own: in memory, streamed, with the cache on disk,
-compressed, in blocks of several shapes, with rows of all lengths, on two families. A device with memory
-of its own has other cases, of weights and cache at home on the host. What is
-predicted is by the numbers that `flexport profile` measured on this machine; without them stderr
-says whose they are, and the table should not be trusted. Weights are made up, and nothing is fitted to
-the cases.
+compressed, in blocks of several shapes, with rows of all lengths, on two families. A device with
+memory of its own has other cases, of weights and cache at home on the host. What is predicted is
+by the numbers that `flexport profile` measured on this machine; without them stderr says whose
+they are, and the table should not be trusted. Weights are made up, and nothing is fitted to the
+cases.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexport import process
-from flexport.bench.cases import Case, ran
-from flexport.registry import open_backend
+from flexport.bench.cases import Case, arguments, is_asked_for, ran, row, write
 
 __all__ = ["BESIDE_CASES", "CASES", "main"]
 
@@ -123,54 +120,34 @@ def _line(found: dict[str, Any]) -> str:
     """The case as a line of a table."""
     predicted, measured = found["predicted_tok_s"], found["measured_tok_s"]
     off = predicted / measured - 1
-    cells = (
+    return row(
         found["case"],
         f"{predicted:.1f}",
         f"{measured:.1f}",
         f"{100 * off:+.0f} %" + ("" if abs(off) <= BOUND else ", too much"),
         found["comparison"]["predicted"]["limited_by"],
     )
-    return f"| {' | '.join(cells)} |"
 
 
 def _results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    name, backend = open_backend(args.backend)
-    unified = backend.capabilities.unified
-    backend.close()
-    for case in CASES if unified else BESIDE_CASES:
-        if any(word in case.name for word in args.only or [""]):
+    for case in CASES if args.unified else BESIDE_CASES:
+        if is_asked_for(args, case):
             sys.stderr.write(f"{case.name} ...\n")
-            yield measure(case, name, args.repeats, args.dir)
+            yield measure(case, args.backend, args.repeats, args.dir)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the cases and print the table, or a JSON line for each."""
-    process.prepare()
-    parser = argparse.ArgumentParser(description="Predicted beside measured.")
-    parser.add_argument("--backend", default="auto", help="which device (default: the best)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each case (default: 3)")
-    parser.add_argument("--only", action="append", help="cases that have this text; repeatable")
-    parser.add_argument("--json", action="store_true", help="a JSON line for each case")
-    parser.add_argument(
-        "--dir", type=Path, default=Path(tempfile.gettempdir()) / "flexport-bench",
-        help="where models are made and tensors spilled (default: in the temporary directory)",
-    )  # fmt: skip
-    args = parser.parse_args(argv)
-    args.dir.mkdir(parents=True, exist_ok=True)
+    args = arguments("Predicted beside measured.", argv)
     if not args.json:
-        _print("| case | predicted tok/s | measured | off by | limited by |")
-        _print("|---|---|---|---|---|")
+        write("| case | predicted tok/s | measured | off by | limited by |")
+        write("|---|---|---|---|---|")
     whose = ""
     for found in _results(args):
         if whose != found["numbers"]:
             whose = found["numbers"]
             sys.stderr.write(f"by numbers that are {whose}, those of {found['machine']}\n")
-        _print(json.dumps(found) if args.json else _line(found))
-
-
-def _print(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+        write(json.dumps(found) if args.json else _line(found))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flexport.bench import cases
 from flexport.bench import grid as grids
 from flexport.bench.cases import Case
 from flexport.bench.grid import Setting, grid, judge
@@ -137,9 +138,9 @@ def test_what_a_policy_is_called():
     assert grids._described(Policy(batch_size=2)) == "1 x 2"
 
 
-def test_settings_of_a_device_are_asked_for_by_its_memory(monkeypatch, capsys):
+def test_settings_of_a_device_are_asked_for_by_its_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        grids,
+        cases,
         "open_backend",
         lambda name: (
             "card",
@@ -154,7 +155,7 @@ def test_settings_of_a_device_are_asked_for_by_its_memory(monkeypatch, capsys):
 
     monkeypatch.setattr(grids, "judge", judge)
 
-    grids.main(["--backend", "card", "--json"])
+    grids.main(["--backend", "card", "--json", "--dir", str(tmp_path)])
 
     assert tuple(judged) == grids.BESIDE_SETTINGS
     assert capsys.readouterr().out == ""
