@@ -1,4 +1,4 @@
-"""Jobs that predictions and plans are judged by: rows of made-up tokens, on one of the shapes known."""
+"""Jobs that predictions and plans are judged by: rows of made-up tokens, on known shapes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexport import process
 from flexport.bench.checkpoint import shared_checkpoint
+from flexport.bench.workload import FIRST_ORDINARY_TOKEN
 from flexport.planner.footprint import JobSizes
 from flexport.records import SamplingParams
 from flexport.registry import open_backend
@@ -25,8 +26,6 @@ __all__ = ["Case", "arguments", "is_asked_for", "ran", "row", "write"]
 
 WARM_ROWS = 16
 """Of the short run that comes before any that counts."""
-
-_FIRST_ORDINARY_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +68,7 @@ class Case:
         """Token ids of each row."""
         draw = random.Random(0)
         return [
-            [draw.randrange(_FIRST_ORDINARY_TOKEN, vocab_size) for _ in range(length)]
+            [draw.randrange(FIRST_ORDINARY_TOKEN, vocab_size) for _ in range(length)]
             for length in self.lengths
         ]
 
@@ -100,7 +99,7 @@ def ran(
 
 
 def arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """What a command is asked for; `backend` is a name, and `unified` whether its memory is the host's."""
+    """What a command is asked for; `backend` is a name, `unified` says if its memory is the host's."""
     process.prepare()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--backend", default="auto", help="which device (default: the best)")

@@ -1,8 +1,9 @@
-"""What `--policy auto` chooses beside the best of a grid of policies: `python -m flexport.bench.grid`.
+"""The chosen policy beside the best of a grid of policies: `python -m flexport.bench.grid`.
 
-The grid is a coarse one of all there is to choose: rows in flight, rows of a batch, pacing, shares of
-weights and cache in quarters and halves, attention on the CPU. What does not fit the budgets is left out,
-and what leaves room for the next quarter. All others are run, however bad they are predicted to be.
+The grid is a coarse one of all there is to choose: rows in flight, rows of a batch, pacing, shares
+of weights and cache in quarters and halves, attention on the CPU. What does not fit the budgets is
+left out, and what leaves room for the next step. All others are run, however bad they are
+predicted to be.
 
 A machine is not as fast in one minute as in another, so the chosen policy is run again and
 again in between, and each policy is judged by its neighbours. Those that come out best are then run
@@ -27,6 +28,7 @@ from flexport.engine.machines import machine_here
 from flexport.engine.planning import Planning
 from flexport.engine.source import open_source
 from flexport.planner.search import choose
+from flexport.planner.shapes import paced_tokens
 from flexport.planner.task import Planned, Task
 from flexport.policy import Policy, Split
 from flexport.registry import open_backend
@@ -137,16 +139,15 @@ def _blocks(task: Task) -> Iterator[Policy]:
         for batch_rows, cpu_attention in product(sorted({min(BATCH_ROWS, rows), rows}), attends):
             yield Policy(
                 batch_size=batch_rows,
-                num_batches=-(-rows // batch_rows),
+                num_batches=math.ceil(rows / batch_rows),
                 cpu_attention=cpu_attention,
             )
         paced_batches = rows // PACED_ROWS
         if paced_batches > 2 and rows < job.num_rows:
-            ending = (rows - PACED_ROWS) / (job.new_tokens - 1)
             yield Policy(
                 batch_size=PACED_ROWS,
                 num_batches=paced_batches,
-                sweep_tokens=math.ceil(ending * job.prompt_tokens),
+                sweep_tokens=paced_tokens(job, PACED_ROWS, paced_batches),
             )
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-__all__ = ["Workload"]
+__all__ = ["FIRST_ORDINARY_TOKEN", "Workload"]
 
-_FIRST_ORDINARY_TOKEN = 4
+FIRST_ORDINARY_TOKEN = 4
 """Below it are the special tokens of OPT and most others: beginning, padding, end, unknown."""
 
 
@@ -30,7 +30,7 @@ class Workload:
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
         """Token ids of each prompt; the first prompts do not depend on how many there are."""
-        first = min(_FIRST_ORDINARY_TOKEN, vocab_size - 1)
+        first = min(FIRST_ORDINARY_TOKEN, vocab_size - 1)
         source = random.Random(self.seed)
         return [
             [source.randrange(first, vocab_size) for _ in range(self.prompt_len)]

@@ -13,7 +13,7 @@ from flexport.planner.footprint import JobSizes
 from flexport.planner.task import Choice, Task
 from flexport.policy import Policy, Split
 
-__all__ = ["Shape", "Shapes"]
+__all__ = ["Shape", "Shapes", "paced_tokens"]
 
 MOST_ROWS = 1024
 """Of a block. Streamed weights cost next to nothing a row by then, and every row's state is kept."""
@@ -170,9 +170,7 @@ class Shapes:
                 or shape.compress_cache != "none"
             ):
                 return None
-            # What comes in at this pace is what ends, when all slots are in use.
-            rows_a_sweep = (num_batches - 1) * batch_size / (job.mean_new - 1)
-            sweep_tokens = math.ceil(rows_a_sweep * job.mean_prompt)
+            sweep_tokens = paced_tokens(job, batch_size, num_batches)
         everything = Split(device=0.0, disk=1.0)
         return Policy(
             weights=choice.weights or everything,
@@ -217,6 +215,12 @@ class Shapes:
             return fixed.batch_size, num_batches
         num_batches = fixed.num_batches or math.ceil(shape.rows / shape.batch_rows)
         return math.ceil(shape.rows / num_batches), num_batches
+
+
+def paced_tokens(job: JobSizes, batch_size: int, num_batches: int) -> int:
+    """Prompt tokens of a sweep at which as much comes in as ends, when all slots are in use."""
+    rows_a_sweep = (num_batches - 1) * batch_size / (job.mean_new - 1)
+    return math.ceil(rows_a_sweep * job.mean_prompt)
 
 
 def _either(fixed: bool | None, free: tuple[bool, ...]) -> tuple[bool, ...]:

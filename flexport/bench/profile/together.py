@@ -25,7 +25,8 @@ __all__ = ["crossing_cost", "shares"]
 ROUNDS = 3
 
 STEP_ROWS = 32
-"""Of decode steps whose computing takes less time than their weights take to come, so that the disk never rests."""
+"""Of decode steps that take less time to compute than their weights take to come, so that the disk
+never rests."""
 
 CROSSING_FEATURES = 2048
 
