@@ -131,8 +131,8 @@ class Computer:
     page_s: float = 0.0
     """What each page of a piece's cache costs, for a kernel's call of its own."""
     asynchronous: bool = False
-    """Whether kernels are queued, and run while further ones are launched: then a visit takes as long as
-    its launches or its work, whichever is longer, and not both."""
+    """Whether kernels are queued, and run while further ones are launched: then a visit takes as long
+    as its launches or its work, whichever is longer, and not both."""
 
     def product_s(self, form: str, rows: float, values: float, *, streamed: bool) -> float:
         """Products of so many rows with weights of so many values."""
@@ -303,7 +303,7 @@ def _computer(data: Any, name: str) -> Computer:
 
 
 def _record(kind: type[Record], data: Any, name: str) -> Record:
-    """A record of plain data, each number in it checked to be one."""
+    """A record of plain data, each number and each truth value in it checked to be one."""
     if not isinstance(data, dict):
         raise UsageError(f"{name} is {data!r}, not an object")
     hints = get_type_hints(kind)
@@ -312,6 +312,8 @@ def _record(kind: type[Record], data: Any, name: str) -> Record:
     if unknown:
         raise UsageError(f"{name} has no field {unknown}; it has {sorted(known)}")
     for key, value in data.items():
+        if hints[key] is bool and not isinstance(value, bool):
+            raise UsageError(f"{name}.{key} must be true or false, got {value!r}")
         if hints[key] not in (int, float, float | None) or (
             value is None and hints[key] == float | None
         ):

@@ -137,7 +137,8 @@ class Lane:
         """Queue tasks, each of which gives the number of bytes it moved.
 
         `then` is called when the last one has ended, if none has failed. Urgent tasks go before
-        all others that wait: somebody stands still until they are done, or soon will. `label` is for whoever watches.
+        all others that wait: somebody stands still until they are done, or soon will. `label` is
+        for whoever watches.
         """
         job = Job(len(tasks), then)
         with self._changed:

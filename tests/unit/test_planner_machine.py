@@ -124,6 +124,11 @@ def changed(**fields):
         (changed(disk_read=7), "disk_read is 7, not an object"),
         (changed(device_bytes=-1), "device_bytes must be a number >= 0, got -1"),
         (changed(device_bytes=True), "device_bytes must be a number >= 0, got True"),
+        (changed(unified="no"), "machine.unified must be true or false, got 'no'"),
+        (
+            changed(device={**machine().to_dict()["device"], "asynchronous": 1}),
+            "device.asynchronous must be true or false, got 1",
+        ),
         (changed(host=None), "a CPU beside the device .* is for memory that is not unified"),
         (changed(up=None), "up and down may be null where the device's memory is addressable"),
         (changed(sources={"": "hearsay"}), r"a source is one of .*, not \['hearsay'\]"),
