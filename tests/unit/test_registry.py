@@ -138,7 +138,9 @@ def test_auto_order_is_by_rank_then_name_and_leaves_out_the_unusable(install: In
 
     order = [listing.name for listing in auto_order(backends())]
 
-    assert order == ["alpha", "beta", "cpu", "weak"]
+    # Besides these, a machine may have devices, and plug-ins, of its own.
+    own = {"alpha", "beta", "cpu", "weak", "absent"}
+    assert [name for name in order if name in own] == ["alpha", "beta", "cpu", "weak"]
 
 
 def test_auto_opens_the_highest_rank(install: Install) -> None:
